@@ -1,0 +1,120 @@
+"""A PostgreSQL 16 and a database for this run alone, the service on it over real HTTP, and ways to look behind it."""
+
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg2
+import pytest
+import uvicorn
+from psycopg2.extensions import make_dsn
+from psycopg2.extras import RealDictCursor
+
+from svc import dev, migrations, settings
+from svc.test.process import until
+
+Sql = Callable[..., list[dict[str, Any]]]
+
+TEST_URL = settings.load().database_test_url
+# Nothing that the developer set decides how a test ends.
+for name in settings.Settings.model_fields:
+    os.environ.pop(name.upper(), None)
+settings.Settings.model_config["env_file"] = None
+settings.load.cache_clear()
+
+
+def run_sql(url: str, statement: str, *params: Any) -> list[dict[str, Any]]:
+    """The rows of a statement on a connection of its own."""
+    connection = psycopg2.connect(url, cursor_factory=RealDictCursor)
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(statement, params or None)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a server in which databases may be made: DATABASE_TEST_URL, or one from the wheel for this run."""
+    if TEST_URL:
+        yield TEST_URL.get_secret_value()
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, dev.postgres(Path(folder)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: str) -> Callable[[], Any]:
+    @contextmanager
+    def make(migrated: bool = True) -> Iterator[str]:
+        """The URL of a database that is dropped after the block."""
+        name = f"test_{secrets.token_hex(8)}"
+        run_sql(postgres, f"CREATE DATABASE {name}")
+        try:
+            url = make_dsn(postgres, dbname=name)
+            if migrated:
+                migrations.up(url)
+            yield url
+        finally:
+            run_sql(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def url(new_database: Callable[[], Any]) -> Iterator[str]:
+    """The migrated database that this run's service uses."""
+    with new_database() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def sql(url: str) -> Sql:
+    return lambda statement, *params: run_sql(url, statement, *params)
+
+
+@pytest.fixture(scope="session")
+def base_url(url: str) -> Iterator[str]:
+    """The service in a thread of this process, as uvicorn serves it."""
+    os.environ["DATABASE_URL"] = url
+    settings.load.cache_clear()
+    server = uvicorn.Server(uvicorn.Config("svc.app:app", port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def client(base_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url + "/api/v1", timeout=30) as made:
+        yield made
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses."""
+    return f"name-{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def application(client: httpx.Client, name: str) -> dict[str, Any]:
+    return client.post("/applications", json={"name": name}).json()
+
+
+@pytest.fixture
+def configuration(client: httpx.Client, application: dict[str, Any]) -> dict[str, Any]:
+    body = {"application_id": application["id"], "name": "production", "config": {"port": 5432}}
+    return client.post("/configurations", json=body).json()

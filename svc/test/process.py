@@ -1,0 +1,73 @@
+"""The service as a process of its own, for tests that stop it, kill it or ask how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from svc.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
+    """What the condition returns as soon as it is true. Fails after some seconds."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.01)
+    return result
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**settings: Any) -> dict[str, str]:
+    """The environment of a process in which every setting is the default or one of these, whatever svc/.env says."""
+    values = {name: field.default for name, field in Settings.model_fields.items()} | settings
+    given = {name.upper(): "" if value is None else str(value) for name, value in values.items()}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **given}
+
+
+@contextmanager
+def service(url: str, module: str = "svc.app", **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        env=environment(database_url=url, port=port, **settings),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    base = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: live(base))
+        yield process, base
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def live(base: str) -> bool:
+    try:
+        return httpx.get(f"{base}/health/live").status_code == 200
+    except httpx.TransportError:
+        return False
