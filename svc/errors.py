@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
 
 from svc.db import one_line
-from svc.models import Problem, ValidationProblem
+from svc.models import PreconditionProblem, Problem, ValidationProblem
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 # Those that have an answer of their own, by the handlers below.
 KNOWN = (RequestValidationError, StarletteHTTPException, psycopg2.Error)
+SHAPES: dict[int, type[Problem]] = {400: ValidationProblem, 412: PreconditionProblem}
 RETRY_AFTER = {"Retry-After": "1"}
 
 # What a write broke, by the name of the constraint in the migrations.
@@ -51,7 +52,7 @@ def _message(error: dict[str, Any]) -> str:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of these errors, and of those that every route may answer."""
-    return {status: {"model": ValidationProblem if status == 400 else Problem} for status in (*statuses, 503)}
+    return {status: {"model": SHAPES.get(status, Problem)} for status in (*statuses, 503)}
 
 
 def describe(document: dict[str, Any]) -> dict[str, Any]:

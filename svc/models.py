@@ -3,8 +3,9 @@
 import json
 import re
 from decimal import Decimal
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -13,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
+    ValidationError,
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
@@ -21,6 +24,7 @@ from pydantic_extra_types.ulid import ULID
 from svc import settings
 
 MAX_DEPTH = 100
+MAX_VERSION = 2**31 - 1
 ULID_PATTERN = "^[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 APPLICATION_ID = "01K0M2Z7Q4V5W6X7Y8Z9A0B1C2"
 CONFIGURATION_ID = "01K0M30A1B2C3D4E5F6G7H8J9K"
@@ -110,6 +114,19 @@ def _document(config: dict[str, Any]) -> str:
     return text
 
 
+def parse_document(text: str, loc: tuple[str, ...]) -> str:
+    """The JSON text of an object that came outside a body. Raises RequestValidationError that names its place."""
+    try:
+        return _documents.validate_python(parse(text.encode()))
+    except UnicodeEncodeError:
+        raise RequestValidationError([{"loc": loc, "msg": "not UTF-8", "type": "json_invalid"}]) from None
+    except json.JSONDecodeError as error:
+        found = {"loc": loc, "msg": "JSON decode error", "type": "json_invalid", "ctx": {"error": error.msg}}
+        raise RequestValidationError([found]) from None
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": loc} for each in error.errors()]) from None
+
+
 def _no_nul(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul", "String should not contain U+0000")
@@ -133,6 +150,7 @@ def _ulid(value: Any) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_not_blank)]
 Comments = Annotated[str, Field(max_length=1024), AfterValidator(_no_nul)]
 Document = Annotated[dict[str, Any], AfterValidator(_document), PlainSerializer(lambda text: text)]
+_documents = TypeAdapter(Document)
 Ulid = Annotated[
     ULID,
     BeforeValidator(_ulid),
@@ -197,6 +215,17 @@ class Configuration(_Strict):
     updated_at: AwareDatetime
 
 
+class ConfigurationVersion(_Strict):
+    configuration_id: Ulid = Field(examples=[CONFIGURATION_ID])
+    version: int = Field(ge=1)
+    operation: Literal["create", "update", "delete"]
+    application_id: Ulid
+    name: Name = Field(examples=["production"])
+    comments: Comments | None
+    config: dict[str, Any] = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+    recorded_at: AwareDatetime
+
+
 class FieldError(_Strict):
     loc: list[str | int] = Field(examples=[["body", "name"]])
     msg: str = Field(examples=["Field required"])
@@ -212,6 +241,10 @@ class Problem(_Strict):
     detail: str = Field(examples=["There is no application with this id."])
 
 
+class PreconditionProblem(Problem):
+    version: int = Field(description="The version that is stored", examples=[7])
+
+
 class ValidationProblem(Problem):
     errors: list[FieldError]
 
@@ -225,5 +258,6 @@ class Pool(_Strict):
 
 class Health(_Strict):
     status: str = Field(examples=["ok"])
-    schema_version: int = Field(examples=[1])
+    schema_version: int = Field(examples=[3])
     pool: Pool
+    waiters: int

@@ -1,6 +1,6 @@
 """Every SQL statement of the API, one function a statement. Rows hold an id, a version, and the JSON to answer with."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from psycopg2.errors import UndefinedTable
@@ -9,35 +9,41 @@ from ulid import ULID
 
 from svc import db
 from svc.db import Row
+from svc.etags import etag
 from svc.models import ApplicationCreate, ApplicationUpdate, ConfigurationCreate, ConfigurationUpdate
 
-# How many rows one statement of a list brings into memory.
+# What one statement of a list brings into memory at most: a configuration may have a megabyte.
 APPLICATIONS_PAGE = 1000
+CONFIGURATIONS_PAGE = 16
+
+# Where the next part of a list begins, None if this is the last, and the JSON of each page.
+Listed = tuple[Any, AsyncIterator[str]]
+
+
+def _json(columns: str) -> str:
+    return f"(SELECT row_to_json(shown) FROM (SELECT {columns}) AS shown)::text AS json"
 
 
 def _application(configuration_ids: str) -> str:
-    return f"""
-        a.id, a.version, (
-            SELECT row_to_json(shown)
-            FROM (
-                SELECT a.id, a.name, a.comments, {configuration_ids} AS configuration_ids,
-                       a.version, a.created_at, a.updated_at
-            ) AS shown
-        )::text AS json
-    """
+    columns = (
+        f"a.id, a.name, a.comments, {configuration_ids} AS configuration_ids, a.version, a.created_at, a.updated_at"
+    )
+    return f"a.id, a.version, {_json(columns)}"
 
 
 APPLICATION = _application("ARRAY(SELECT c.id FROM configurations AS c WHERE c.application_id = a.id ORDER BY c.id)")
 # For a write: the ids as they are once it holds the application's row, not as they were when the statement began.
 APPLICATION_WRITTEN = _application("configuration_ids_now(a.id)")
-CONFIGURATION = """
-        c.id, c.version, (
-            SELECT row_to_json(shown)
-            FROM (
-                SELECT c.id, c.application_id, c.name, c.comments, c.config, c.version, c.created_at, c.updated_at
-            ) AS shown
-        )::text AS json
-"""
+CONFIGURATION = "c.id, c.version, " + _json(
+    "c.id, c.application_id, c.name, c.comments, c.config, c.version, c.created_at, c.updated_at"
+)
+VERSION = "v.configuration_id AS id, v.version, " + _json(
+    "v.configuration_id, v.version, v.operation, v.application_id, v.name, v.comments, v.config, v.recorded_at"
+)
+ADMITTED = "(%(versions)s::text[] IS NULL OR {}.version::text = ANY(%(versions)s::text[]))"
+
+
+# --- Applications ---
 
 
 async def create_application(new: ApplicationCreate) -> Row:
@@ -66,34 +72,53 @@ async def _read_applications(ids: list[str], within: float) -> Mapping[str, Row]
 read_application = db.coalesced(_read_applications)
 
 
-async def update_application(id: str, changes: ApplicationUpdate) -> Row | None:
-    """The application after its change, or None if there is none."""
-    rows = await db.fetch(
-        "update_application",
-        f"""
-        UPDATE applications AS a
-        SET name = coalesce(%(name)s, a.name),
-            comments = CASE WHEN %(keep_comments)s THEN a.comments ELSE %(comments)s END
-        WHERE a.id = %(id)s
-        RETURNING {APPLICATION_WRITTEN}
-        """,
-        _changes(id, changes),
-    )
-    return rows[0] if rows else None
-
-
-async def list_applications(
-    after: str | None, limit: int | None, name: str | None
-) -> tuple[str | None, AsyncIterator[str]]:
+async def list_applications(after: str | None, limit: int | None, name: str | None) -> Listed:
     return await _list(
         "list_applications",
-        f"SELECT {APPLICATION}",
-        "FROM applications AS a WHERE (%(name)s::text IS NULL OR a.name = %(name)s)",
+        APPLICATION,
+        "FROM applications AS a WHERE (%(name)s IS NULL OR a.name = %(name)s)",
         "a.id",
         {"after": after, "name": name},
         limit,
         APPLICATIONS_PAGE,
     )
+
+
+async def update_application(id: str, changes: ApplicationUpdate, versions: list[str] | None) -> Row | None:
+    return await _write(
+        "update_application",
+        f"""
+        UPDATE applications AS a
+        SET name = coalesce(%(name)s, a.name),
+            comments = CASE WHEN %(keep_comments)s THEN a.comments ELSE %(comments)s END
+        WHERE a.id = %(id)s AND {ADMITTED.format("a")}
+        RETURNING {APPLICATION_WRITTEN}
+        """,
+        "SELECT a.id, a.version, NULL AS json FROM applications AS a WHERE a.id = %(id)s",
+        {"id": id, "versions": versions, **_changes(changes)},
+    )
+
+
+async def delete_application(id: str, cascade: bool, versions: list[str] | None) -> Row | None:
+    """One that has configurations is left alone unless they may go too; `json` then is their number."""
+    return await _write(
+        "delete_application",
+        f"""
+        DELETE FROM applications AS a
+        WHERE a.id = %(id)s AND {ADMITTED.format("a")}
+          AND (%(cascade)s OR cardinality(configuration_ids_now(a.id)) = 0)
+        RETURNING a.id, a.version, NULL AS json
+        """,
+        """
+        SELECT a.id, a.version, cardinality(configuration_ids_now(a.id))::text AS json
+        FROM applications AS a
+        WHERE a.id = %(id)s
+        """,
+        {"id": id, "versions": versions, "cascade": cascade},
+    )
+
+
+# --- Configurations ---
 
 
 async def create_configuration(new: ConfigurationCreate) -> Row:
@@ -122,21 +147,155 @@ async def _read_configurations(ids: list[str], within: float) -> Mapping[str, Ro
 read_configuration = db.coalesced(_read_configurations)
 
 
-async def update_configuration(id: str, changes: ConfigurationUpdate) -> Row | None:
-    """The configuration after its change, or None if there is none."""
-    rows = await db.fetch(
+async def list_configurations(
+    after: str | None, limit: int | None, application_id: str | None, name: str | None, contains: str | None
+) -> Listed:
+    return await _list(
+        "list_configurations",
+        CONFIGURATION,
+        """
+        FROM configurations AS c
+        WHERE (%(application_id)s IS NULL OR c.application_id = %(application_id)s)
+          AND (%(name)s IS NULL OR c.name = %(name)s)
+          AND (%(contains)s IS NULL OR c.config @> %(contains)s)
+        """,
+        "c.id",
+        {"after": after, "application_id": application_id, "name": name, "contains": contains},
+        limit,
+        CONFIGURATIONS_PAGE,
+    )
+
+
+async def update_configuration(id: str, changes: ConfigurationUpdate, versions: list[str] | None) -> Row | None:
+    return await _write(
         "update_configuration",
         f"""
         UPDATE configurations AS c
         SET name = coalesce(%(name)s, c.name),
             comments = CASE WHEN %(keep_comments)s THEN c.comments ELSE %(comments)s END,
             config = coalesce(%(config)s, c.config)
-        WHERE c.id = %(id)s
+        WHERE c.id = %(id)s AND {ADMITTED.format("c")}
         RETURNING {CONFIGURATION}
         """,
-        _changes(id, changes),
+        "SELECT c.id, c.version, NULL AS json FROM configurations AS c WHERE c.id = %(id)s",
+        {"id": id, "versions": versions, **_changes(changes)},
+    )
+
+
+async def delete_configuration(id: str, versions: list[str] | None) -> Row | None:
+    return await _write(
+        "delete_configuration",
+        f"""
+        DELETE FROM configurations AS c
+        WHERE c.id = %(id)s AND {ADMITTED.format("c")}
+        RETURNING c.id, c.version, NULL AS json
+        """,
+        "SELECT c.id, c.version, NULL AS json FROM configurations AS c WHERE c.id = %(id)s",
+        {"id": id, "versions": versions},
+    )
+
+
+async def _read_configurations_by_name(keys: list[tuple[str, str]], within: float) -> Mapping[tuple[str, str], Row]:
+    rows = await db.fetch(
+        "read_configurations_by_name",
+        f"""
+        SELECT key.application_name, key.name, a.id AS application_id, {CONFIGURATION}
+        FROM unnest(%(application_names)s::text[], %(names)s::text[]) AS key (application_name, name)
+        LEFT JOIN applications AS a ON a.name = key.application_name
+        LEFT JOIN configurations AS c ON c.application_id = a.id AND c.name = key.name
+        """,
+        {"application_names": [key[0] for key in keys], "names": [key[1] for key in keys]},
+        within,
+    )
+    return {(row["application_name"], row["name"]): row for row in rows}
+
+
+# There is always a row: its id is None if there is no configuration, its application_id if there is no application.
+read_configuration_by_name = db.coalesced(_read_configurations_by_name)
+
+
+async def read_etags(keys: Iterable[str | tuple[str, str]]) -> dict[str | tuple[str, str], str]:
+    """The ETags of configurations by their ids or names. Those that do not exist are not among them."""
+    names = [key for key in keys if isinstance(key, tuple)]
+    rows = await db.fetch(
+        "read_etags",
+        """
+        SELECT c.id, c.version, NULL AS application_name, NULL AS name
+        FROM configurations AS c
+        WHERE c.id = ANY(%(ids)s::text[])
+        UNION ALL
+        SELECT c.id, c.version, key.application_name, key.name
+        FROM unnest(%(application_names)s::text[], %(names)s::text[]) AS key (application_name, name)
+        JOIN applications AS a ON a.name = key.application_name
+        JOIN configurations AS c ON c.application_id = a.id AND c.name = key.name
+        """,
+        {
+            "ids": [key for key in keys if isinstance(key, str)],
+            "application_names": [key[0] for key in names],
+            "names": [key[1] for key in names],
+        },
+    )
+    return {row["id"] if row["name"] is None else (row["application_name"], row["name"]): etag(row) for row in rows}
+
+
+# --- Versions of configurations ---
+
+
+async def list_versions(id: str, before: int | None, limit: int | None) -> Listed | None:
+    """The versions of a configuration, newest first, or None if it never existed."""
+    [known] = await db.fetch(
+        "find_versions",
+        "SELECT EXISTS (SELECT FROM configuration_versions WHERE configuration_id = %(id)s) AS exists",
+        {"id": id},
+    )
+    if not known["exists"]:
+        return None
+    return await _list(
+        "list_versions",
+        VERSION,
+        "FROM configuration_versions AS v WHERE v.configuration_id = %(id)s",
+        "v.version",
+        {"id": id, "after": before},
+        limit,
+        CONFIGURATIONS_PAGE,
+        descending=True,
+    )
+
+
+async def read_version(id: str, version: int) -> Row | None:
+    rows = await db.fetch(
+        "read_version",
+        f"""
+        SELECT {VERSION}
+        FROM configuration_versions AS v
+        WHERE v.configuration_id = %(id)s AND v.version = %(version)s
+        """,
+        {"id": id, "version": version},
     )
     return rows[0] if rows else None
+
+
+async def restore_version(id: str, version: int, versions: list[str] | None) -> Row | None:
+    """The configuration with name, comments and config of one of its versions. None, too, without that version."""
+    return await _write(
+        "restore_version",
+        f"""
+        UPDATE configurations AS c
+        SET name = v.name, comments = v.comments, config = v.config
+        FROM configuration_versions AS v
+        WHERE c.id = %(id)s AND v.configuration_id = c.id AND v.version = %(version)s AND {ADMITTED.format("c")}
+        RETURNING {CONFIGURATION}
+        """,
+        """
+        SELECT c.id, c.version, NULL AS json
+        FROM configurations AS c JOIN configuration_versions AS v ON v.configuration_id = c.id
+        WHERE c.id = %(id)s AND v.version = %(version)s
+        """,
+        {"id": id, "version": version, "versions": versions},
+    )
+
+
+# --- The database itself ---
 
 
 async def read_state() -> Row:
@@ -155,23 +314,58 @@ async def read_state() -> Row:
     return row
 
 
-def _changes(id: str, changes: BaseModel) -> dict[str, Any]:
-    return {"id": id, "keep_comments": "comments" not in changes.model_fields_set, **changes.model_dump()}
+# --- What they share ---
+
+
+def _changes(changes: BaseModel) -> dict[str, Any]:
+    return {"keep_comments": "comments" not in changes.model_fields_set, **changes.model_dump()}
+
+
+async def _write(name: str, statement: str, otherwise: str, params: dict[str, Any]) -> Row | None:
+    """What became of a conditional write: the row that it wrote, one that it left alone (`written` is false), or None.
+
+    `otherwise` selects the row that was left alone, as it is after the write gave up on it: hence the lock, which
+    waits for other writers and shows what they left. It is not run after a write.
+    """
+    rows = await db.fetch(
+        name,
+        f"""
+        WITH written AS ({statement}),
+        kept AS ({otherwise} AND NOT EXISTS (SELECT FROM written) FOR UPDATE)
+        SELECT *, true AS written FROM written
+        UNION ALL
+        SELECT *, false AS written FROM kept
+        """,
+        params,
+    )
+    return rows[0] if rows else None
 
 
 async def _list(
-    name: str, select: str, matching: str, id: str, params: dict[str, Any], limit: int | None, size: int
-) -> tuple[str | None, AsyncIterator[str]]:
-    """The rows that match, in the order of their ids: where the next list begins, and the JSON of each page of rows.
+    name: str,
+    columns: str,
+    matching: str,
+    key: str,
+    params: dict[str, Any],
+    limit: int | None,
+    size: int,
+    descending: bool = False,
+) -> Listed:
+    """`limit` rows that match, all of them without a limit, in the order of their key after the key `after`.
 
-    `limit` rows, and then None or the id after which there is more; without a limit all of them. Pages begin after the
-    last id of the one before, so each takes the same time and memory, and rows that come or go move no other.
+    A page begins after the last key of the one before: each takes the same time and memory, wherever it stands, and
+    rows that come or go meanwhile neither repeat nor hide another.
     """
-    matching += f" AND (%(after)s::text IS NULL OR {id} > %(after)s)"
+    beyond, within, direction, last = ("<", ">=", "DESC", "min") if descending else (">", "<=", "ASC", "max")
+    matching += f" AND (%(after)s IS NULL OR {key} {beyond} %(after)s)"
     ends: list[Row] = []
     if limit is not None:
-        ends = await db.fetch(f"{name}_end", f"SELECT {id} {matching} ORDER BY {id} OFFSET {limit - 1} LIMIT 2", params)
-    until = ends[0]["id"] if ends else None
+        ends = await db.fetch(
+            f"{name}_end",
+            f"SELECT {key} AS key {matching} ORDER BY {key} {direction} OFFSET {limit - 1} LIMIT 2",
+            params,
+        )
+    until = ends[0]["key"] if ends else None
 
     async def pages() -> AsyncIterator[str]:
         after, count = params["after"], size
@@ -179,11 +373,12 @@ async def _list(
             [page] = await db.fetch(
                 name,
                 f"""
-                SELECT count(*), max(page.id) AS last, string_agg(page.json, ',' ORDER BY page.id) AS json
+                SELECT count(*), {last}(page.key) AS last,
+                       string_agg(page.json, ',' ORDER BY page.key {direction}) AS json
                 FROM (
-                    {select}
-                    {matching} AND (%(until)s::text IS NULL OR {id} <= %(until)s)
-                    ORDER BY {id}
+                    SELECT {key} AS key, {columns}
+                    {matching} AND (%(until)s IS NULL OR {key} {within} %(until)s)
+                    ORDER BY {key} {direction}
                     LIMIT {size}
                 ) AS page
                 """,

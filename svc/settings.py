@@ -59,6 +59,7 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(1024**2, ge=1024, le=64 * 1024**2)
     body_timeout: Seconds = 10
+    max_waiters: int = Field(10_000, ge=1, le=1_000_000)
     shutdown_timeout: int = Field(10, ge=1, le=300)
 
     @model_validator(mode="after")

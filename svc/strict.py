@@ -24,7 +24,7 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """Reads bodies by `models.parse`, and refuses query parameters that are repeated or not in the signature.
+    """Reads bodies by `models.parse`, refuses query parameters that are repeated or that it does not describe.
 
     An exception that nobody expects is answered here, where the connection stays whole.
     """
@@ -32,6 +32,8 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
         known = {field.alias for field in self.dependant.query_params}
+        described = (self.openapi_extra or {}).get("parameters", [])
+        known |= {parameter["name"] for parameter in described if parameter["in"] == "query"}
         has_body = self.body_field is not None
 
         async def handle_strictly(request: Request) -> Any:

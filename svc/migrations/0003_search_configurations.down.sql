@@ -1,0 +1,2 @@
+-- no-transaction
+DROP INDEX CONCURRENTLY configurations_config_idx;
