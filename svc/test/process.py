@@ -42,10 +42,10 @@ def environment(**settings: Any) -> dict[str, str]:
 
 @contextmanager
 def service(
-    url: str, module: str = "svc.app", log: Path | None = None, **settings: Any
+    url: str, module: str = "svc.app", log: Path | None = None, port: int | None = None, **settings: Any
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live."""
-    port = free_port()
+    port = port or free_port()
     output = open(log or os.devnull, "wb")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, "-m", module],

@@ -8,8 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import httpx
+import pytest
+
 from svc.conftest import run_sql
 from svc.test.process import service
+
+pytestmark = pytest.mark.slow
 
 WRITERS = 32
 
@@ -55,7 +60,7 @@ def written_by_all(base: str, name: str, times: int, conditional: bool) -> dict[
     connection.close()  # the server closes what is idle for 5 s
     with ThreadPoolExecutor(WRITERS) as threads:
         list(threads.map(lambda writer: add_keys(port, path, writer, times, conditional), range(WRITERS)))
-    return request(connection, "GET", path)[2]
+    return httpx.get(base + path).json()
 
 
 def test_no_update_is_lost_with_if_match_and_some_are_without(new_database):
