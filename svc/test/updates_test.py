@@ -45,7 +45,7 @@ def add_keys(port: int, path: str, writer: int, times: int, conditional: bool) -
             assert status in ((200, 412) if conditional else (200,))
             if status == 412:
                 assert answer["version"] > shown["version"]
-                time.sleep(random.uniform(0, 0.1))
+                time.sleep(random.uniform(0, 0.4))
     connection.close()
 
 
