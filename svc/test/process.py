@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -41,14 +41,19 @@ def environment(**settings: Any) -> dict[str, str]:
 
 
 @contextmanager
-def service(url: str, module: str = "svc.app", **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live."""
+def service(
+    url: str, module: str = "svc.app", output: int | IO[str] = subprocess.PIPE, **settings: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live.
+
+    A process that writes much needs a file for its output: it would wait for somebody to read the pipe.
+    """
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", module],
         env=environment(database_url=url, port=port, **settings),
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
@@ -68,6 +73,6 @@ def service(url: str, module: str = "svc.app", **settings: Any) -> Iterator[tupl
 
 def live(base: str) -> bool:
     try:
-        return httpx.get(f"{base}/health/live").status_code == 200
+        return httpx.get(f"{base}/health/live", verify=False).status_code == 200
     except httpx.TransportError:
         return False
