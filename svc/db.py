@@ -104,6 +104,14 @@ def use() -> dict[str, int]:
     }
 
 
+def renew() -> None:
+    """Close every idle connection: they lead to where the service should not stay, so the next ones are new."""
+    with _pool._lock:
+        idle, _pool._pool[:] = _pool._pool[:], []
+    for each in idle:
+        each.close()
+
+
 async def fetch(name: str, statement: str, params: Mapping[str, Any], within: float | None = None) -> list[Row]:
     """The rows of one statement, which is a transaction of its own. `name` is what the log calls it.
 

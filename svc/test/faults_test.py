@@ -87,6 +87,29 @@ def test_backends_that_end_at_work_cost_some_503_and_no_acknowledged_write(serve
     recovered(served, served.before)
 
 
+def test_a_database_that_became_read_only_is_reported_and_left_by_itself(served):
+    name = sql(served.url, "SELECT current_database() AS name")[0]["name"]
+    made = served.client.post("/api/v1/applications", json={"name": "x"}).json()
+    sql(served.url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    terminate(served.url)
+    path = f"/api/v1/applications/{made['id']}"
+    with ThreadPoolExecutor(CONNECTIONS) as clients, locked(served.url, "applications"):
+        reads = [clients.submit(served.client.get, f"/api/v1/applications?name={n}") for n in range(CONNECTIONS)]
+        until(lambda: len(backends(served.url, AT_WORK)) == CONNECTIONS)
+    assert [read.result().status_code for read in reads] == [200] * CONNECTIONS
+    write = served.client.put(path, json={"name": "y"})
+    assert (write.status_code, write.headers["retry-after"]) == (503, "1")
+    assert served.client.get(path).json() == made
+    health = served.client.get("/health")
+    assert (health.status_code, health.json()["detail"]) == (503, "Not ready: the database is read-only.")
+    # Connections that were made meanwhile stay read-only, and nobody writes to a service that is not ready.
+    sql(served.url, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    assert [served.client.get("/health").status_code for _ in range(3)][-1] == 200
+    statuses = [served.client.put(path, json={"name": f"y{n}"}).status_code for n in range(20)]
+    assert statuses == [200] * 20
+    recovered(served, served.before)
+
+
 def test_too_few_connections_are_503_until_there_are_more(served):
     sql(served.url, "ALTER ROLE service CONNECTION LIMIT 0")
     terminate(served.url)
