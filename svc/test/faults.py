@@ -311,7 +311,7 @@ def filled(served: SimpleNamespace, number: int = CONNECTIONS) -> dict[str, int]
         with locked(served.url, "applications"):
             path = f"/api/v1/applications/{UNKNOWN}"
             asked = [clients.submit(served.client.put, path, json={"name": "x"}) for _ in range(number)]
-            until(lambda: len(backends(served.url, AT_WORK)) == number, 2)
+            until(lambda: len(backends(served.url, AT_WORK)) == number, 4)
         assert {each.result().status_code for each in asked} == {404}
     until(lambda: resources(served)["busy"] == 0)
     return resources(served)

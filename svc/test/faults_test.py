@@ -21,8 +21,6 @@ from svc.test.faults import (
     backends,
     compare,
     filled,
-    folders,
-    initialise,
     locked,
     new_database,
     recovered,
@@ -30,7 +28,6 @@ from svc.test.faults import (
     running,
     serving,
     sql,
-    start,
     terminate,
     writers,
     written,
@@ -38,15 +35,6 @@ from svc.test.faults import (
 from svc.test.process import until
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Path]:
-    """The folder of a PostgreSQL that may be stopped."""
-    with folders() as parent:
-        initialise(parent / "a")
-        start(parent / "a")
-        yield parent / "a"
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +192,14 @@ def test_what_was_accepted_before_sigterm_is_answered_and_stored(server):
             assert monotonic() - stopped < 5
         sql(served.url, "DELETE FROM applications WHERE name ~ '^n'")
         compare(served.url, ledger)
+
+
+def test_a_start_with_too_few_connections_loses_none_of_the_pool(server):
+    url = new_database(server)
+    sql(url, "ALTER ROLE service CONNECTION LIMIT 3")
+    try:
+        with serving(url, db_min_connections=CONNECTIONS) as served:
+            sql(url, "ALTER ROLE service CONNECTION LIMIT -1")
+            filled(served)
+    finally:
+        sql(url, "ALTER ROLE service CONNECTION LIMIT -1")
