@@ -44,7 +44,7 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
     """
     global _settings, _pool, _executor
     _settings = settings
-    _pool = ThreadedConnectionPool(0, settings.db_max_connections, _dsn(settings), connection_factory=_connect)
+    _pool = ThreadedConnectionPool(0, settings.db_max_connections)
     _pool.minconn = settings.db_max_connections  # how many the pool keeps when they come back
     _executor = ThreadPoolExecutor(settings.db_max_connections, thread_name_prefix="db")
     try:
@@ -82,16 +82,15 @@ def _dsn(settings: Settings) -> str:
     return make_dsn(**{**defaults, **given, "options": f"{options} {given.get('options', '')}"})
 
 
-def _connect(dsn: str, *_: Any) -> connection:
-    made = connection(dsn)
+def _connect() -> connection:
+    made = psycopg2.connect(_dsn(_settings), cursor_factory=RealDictCursor)
     made.autocommit = True
-    made.cursor_factory = RealDictCursor
     return made
 
 
 def _warm(count: int) -> None:
-    for lent in [_pool.getconn() for _ in range(count)]:
-        _pool.putconn(lent)
+    while len(_pool._pool) + len(_pool._used) < count:
+        _pool._pool.append(_connect())
 
 
 def use() -> dict[str, int]:
@@ -102,6 +101,14 @@ def use() -> dict[str, int]:
         "limit": _settings.db_max_connections,
         "queued": _queued,
     }
+
+
+def renew() -> None:
+    """Close every idle connection: they lead to where the service should not stay, so the next ones are new."""
+    with _pool._lock:
+        idle, _pool._pool[:] = _pool._pool[:], []
+    for each in idle:
+        each.close()
 
 
 async def fetch(name: str, statement: str, params: Mapping[str, Any], within: float | None = None) -> list[Row]:
@@ -163,12 +170,17 @@ def _execute(job: SimpleNamespace) -> list[Row]:
 
 
 def _lend() -> connection:
-    """A connection from the pool. An idle one that is readable was closed by the server, and is replaced."""
-    lent = _pool.getconn()
-    while _readable(lent):
-        _pool.putconn(lent, close=True)
-        lent = _pool.getconn()
-    return lent
+    """An idle connection, or a new one. An idle one that is readable was closed by the server, and is replaced."""
+    while True:
+        with _pool._lock:
+            lent = _pool._getconn() if _pool._pool else None
+        if lent is None:
+            # getconn() would hold the pool's lock while it connects: one silent host would hold up every thread.
+            _pool._pool.append(_connect())
+        elif _readable(lent):
+            _pool.putconn(lent, close=True)
+        else:
+            return lent
 
 
 def _readable(idle: connection) -> bool:

@@ -69,11 +69,11 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _on_invalid(_: Request, error: RequestValidationError) -> Response:
+async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
     return invalid(*error.errors())
 
 
-def _on_http(request: Request, error: StarletteHTTPException) -> Response:
+async def _on_http(request: Request, error: StarletteHTTPException) -> Response:
     headers = dict(error.headers or {})
     detail = error.detail
     if error.status_code == 405:
@@ -93,7 +93,7 @@ def _allowed(request: Request) -> list[str]:
     return sorted(found | {"HEAD"} if "GET" in found else found)
 
 
-def _on_database(request: Request, error: psycopg2.Error) -> Response:
+async def _on_database(request: Request, error: psycopg2.Error) -> Response:
     constraint = error.diag.constraint_name
     if constraint in BROKEN:
         status, detail = BROKEN[constraint]

@@ -311,6 +311,8 @@ async def read_state() -> Row:
         )
     except UndefinedTable:
         return {"read_only": False, "migrations": []}
+    if row["read_only"]:
+        db.renew()  # a connection stays read-only when its database or its server no longer is
     return row
 
 

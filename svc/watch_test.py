@@ -237,7 +237,7 @@ def test_nothing_is_asked_of_the_database_while_nobody_waits_and_one_statement_a
     new_database, threads, tmp_path
 ):
     log = tmp_path / "log"
-    with new_database() as url, service(url, log=log, debug=True) as (_, base):
+    with new_database() as url, open(log, "w") as output, service(url, output=output, debug=True) as (_, base):
         path, headers = created(base)
         assert "read_etags" not in log.read_text()
         waiting = threads.submit(httpx.get, f"{path}?wait=4.5", headers=headers, timeout=70)
