@@ -207,8 +207,7 @@ def coalesced[K: Hashable](
     A read so always begins after it was asked for. An error reaches those who shared the statement, nobody else.
     `fetch_all` gets the keys and the seconds that are left to the one who waits longest.
     """
-    waiting: dict[K, list[asyncio.Future[Row | None]]] = {}
-    since = 0.0
+    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, oldest first, and who
     flying: asyncio.Task[None] | None = None
 
     async def fly() -> None:
@@ -216,11 +215,12 @@ def coalesced[K: Hashable](
         try:
             while waiting:
                 batch = {key: waiting.pop(key) for key in list(islice(waiting, BATCH))}
+                oldest = next(iter(batch.values()))[0]
                 try:
-                    rows = await fetch_all(list(batch), since + _settings.db_deadline - monotonic())
-                    settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
+                    rows = await fetch_all(list(batch), oldest + _settings.db_deadline - monotonic())
+                    settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key][1]]
                 except Exception as error:
-                    settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
+                    settle = [(future, future.set_exception, error) for key in batch for future in batch[key][1]]
                 for future, set_outcome, outcome in settle:
                     if not future.done():  # its reader may have gone away
                         set_outcome(outcome)
@@ -228,11 +228,9 @@ def coalesced[K: Hashable](
             flying = None
 
     def read(key: K) -> asyncio.Future[Row | None]:
-        nonlocal flying, since
-        if not waiting:
-            since = monotonic()
+        nonlocal flying
         future = asyncio.get_running_loop().create_future()
-        waiting.setdefault(key, []).append(future)
+        waiting.setdefault(key, (monotonic(), []))[1].append(future)
         if flying is None:
             flying = asyncio.create_task(fly())
         return future

@@ -4,6 +4,7 @@ import json
 import logging
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import psycopg2
 from fastapi import FastAPI, HTTPException, Request
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from svc.db import one_line
 from svc.models import PreconditionProblem, Problem, ValidationProblem
@@ -103,14 +105,19 @@ async def _on_database(request: Request, error: psycopg2.Error) -> Response:
         return invalid({"loc": ["body", "application_id"], "msg": msg, "type": "unknown_application"})
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
         return invalid({"loc": ["body"], "msg": "The database refuses this value", "type": "refused"})
-    log.error("%s %s: %s %s", request.method, request.url.path, error.pgcode or "no SQLSTATE", one_line(error))
+    log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", one_line(error))
     return problem(503, "The database cannot answer now: try again.", RETRY_AFTER)
 
 
 def unexpected(request: Request, error: Exception) -> Response:
     """500, which no request should get: what went wrong is in the log."""
-    log.error("%s %s", request.method, request.url.path, exc_info=error)
+    log.error("%s", place(request.scope), exc_info=error)
     return problem(500, "Internal error.")
+
+
+def place(scope: Scope) -> str:
+    """Method and path for the log. Not by way of request.url, which raises ValueError for some Host headers."""
+    return f"{scope.get('method', scope['type'])} {quote(scope['path'])}"
 
 
 def install(app: FastAPI) -> None:

@@ -75,11 +75,26 @@ _EXPONENT = re.compile(r"\de[+-]\d")
 _STRING_OR_EXPONENT = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?[\d.]+e[+-]\d+')
 
 
-def _in_full(found: re.Match[str]) -> str:
-    if found[0].startswith('"'):
-        return found[0]
-    number = f"{Decimal(found[0]):f}"
-    return number if "." in number else number + ".0"
+def _in_full(text: str, limit: int) -> str:
+    """The same JSON without exponents. Stops as soon as it is larger than the limit: 1e308 has 311 characters."""
+    size = len(text)
+
+    def write(found: re.Match[str]) -> str:
+        nonlocal size
+        if found[0].startswith('"'):
+            return found[0]
+        number = f"{Decimal(found[0]):f}"
+        number = number if "." in number else number + ".0"
+        size += len(number) - len(found[0])
+        if size > limit:
+            raise _too_large(limit)
+        return number
+
+    return _STRING_OR_EXPONENT.sub(write, text)
+
+
+def _too_large(limit: int) -> PydanticCustomError:
+    return PydanticCustomError("too_large", f"Document should have at most {limit} bytes with its numbers in full")
 
 
 def _document(config: dict[str, Any]) -> str:
@@ -99,18 +114,18 @@ def _document(config: dict[str, Any]) -> str:
             for child in (node.values() if type(node) is dict else node)
             if type(child) is dict or type(child) is list
         ]
+    limit = settings.load().max_body_bytes
     text = _encode(config)
     if _NUL.search(text):
         raise PydanticCustomError("nul", "Document should not contain U+0000")
     if _EXPONENT.search(text):
-        text = _STRING_OR_EXPONENT.sub(_in_full, text)
+        text = _in_full(text, limit)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
         raise PydanticCustomError("surrogate", "Document should not contain an unpaired surrogate") from None
-    limit = settings.load().max_body_bytes
     if size > limit:
-        raise PydanticCustomError("too_large", f"Document should have at most {limit} bytes with its numbers in full")
+        raise _too_large(limit)
     return text
 
 

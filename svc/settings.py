@@ -1,6 +1,7 @@
 """The environment, typed: every setting with its bounds, read from the environment over `svc/.env`."""
 
 import logging
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,10 +17,13 @@ ENV_FILE = Path(__file__).with_name(".env")
 def check_database(url: SecretStr) -> SecretStr:
     """The same URL. Raises ValueError, without a word of it, if libpq cannot read it."""
     try:
-        parse_dsn(url.get_secret_value())
+        given = parse_dsn(url.get_secret_value())
     except psycopg2.Error:
-        # libpq's own message quotes the part that it could not read, which may be the password.
-        raise ValueError("must be a PostgreSQL URL, such as postgresql://user:password@host:5432/database") from None
+        given = {"port": "unreadable"}
+    # libpq quotes what it cannot read or find, here or when it connects. With a / or @ in it that is not written as
+    # %2F or %40, the password would be taken for the port or the host.
+    if re.search(r"[^\d,]", given.get("port", "")) or re.search(r"[^,]@", given.get("host", "")):
+        raise ValueError("must be a PostgreSQL URL, such as postgresql://user:password@host:5432/database")
     return url
 
 

@@ -91,7 +91,7 @@ def guarded(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
         except Exception as error:
             # Every error has its handler: this one came when the answer was under way, so it is left unfinished.
-            log.error("%s %s broke off: %s", scope.get("method"), scope["path"], one_line(error.__cause__ or error))
+            log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
 
     return guard
 
