@@ -44,74 +44,51 @@ ROOT = Path(__file__).parents[1]
 CONNECTIONS = (1, 16, 64)
 CONFIGURATIONS = 10  # of each application
 SETTINGS = {f"setting_{number}": f"the value of setting {number}" for number in range(1, 20)}
-CHANGED = 1000  # so many configurations have ten versions when they are restored
+CHANGED = 1000  # configurations that have ten versions when they are restored
 TOKEN = "987654321"
 
 # Ids end in a counter, so that wrk and pgbench can draw one at random.
 APPLICATION, CONFIGURATION, FIRST = "01" + 14 * "0", "02" + 14 * "0", 1_000_000_001
 
-# A <word> in a path, header or body is drawn anew for each request: by Lua for wrk, in `check` for a first one.
+# Begins with its method. A <word> in path, header or body is drawn for each request: in `lua`, once more in `check`.
 Operation = namedtuple(
     "Operation",
-    "name method path textbook headers body status before pgbench workers",
+    "name path textbook headers body status before pgbench workers",
     defaults=("", {}, "", 200, "", False, 1),
 )
 ONE = f"/configurations/{CONFIGURATION}<c>"
 CONFIG = json.dumps({**SETTINGS, "tenant": "<token>"})
+CONTAINS = quote(json.dumps({"tenant": "<c>"}), safe="<>")
+# Nine more versions of the configurations that are restored.
+CHANGE = f"""
+    DO $$ BEGIN
+        FOR number IN 2..10 LOOP
+            UPDATE configurations SET comments = 'version ' || number WHERE id < '{CONFIGURATION}{FIRST + CHANGED}';
+        END LOOP;
+    END $$
+"""
+NEW = f'{{"application_id": "{APPLICATION}<a>", "name": "new-<seed>-<count>", "config": {CONFIG}}}'
+KNOWN = {"If-None-Match": f'"{CONFIGURATION}<c>.1"'}
 OPERATIONS = [
-    Operation("GET configuration by id", "GET", f"/api/v1{ONE}", f"/textbook{ONE}"),
+    Operation("GET configuration by id", f"/api/v1{ONE}", f"/textbook{ONE}"),
+    Operation("GET configuration by id: 304", f"/api/v1{ONE}", headers=KNOWN, status=304),
+    Operation("GET configuration by name", "/api/v1/applications/app-<a>/configurations/environment-<e>"),
+    Operation("GET configurations by content", f"/api/v1/configurations?contains={CONTAINS}"),
     Operation(
-        "GET configuration by id: 304",
-        "GET",
-        f"/api/v1{ONE}",
-        headers={"If-None-Match": f'"{CONFIGURATION}<c>.1"'},
-        status=304,
+        "GET application by id", f"/api/v1/applications/{APPLICATION}<a>", f"/textbook/applications/{APPLICATION}<a>"
     ),
-    Operation("GET configuration by name", "GET", "/api/v1/applications/app-<a>/configurations/environment-<e>"),
-    Operation(
-        "GET configurations by content",
-        "GET",
-        f"/api/v1/configurations?contains={quote(json.dumps({'tenant': '<c>'}), safe='<>')}",
-    ),
-    Operation(
-        "GET application by id",
-        "GET",
-        f"/api/v1/applications/{APPLICATION}<a>",
-        f"/textbook/applications/{APPLICATION}<a>",
-    ),
-    Operation("GET applications, first 100", "GET", "/api/v1/applications?limit=100"),
-    Operation("GET applications, last 100", "GET", f"/api/v1/applications?limit=100&after={APPLICATION}<late>"),
-    Operation(
-        "PUT configuration",
-        "PUT",
-        f"/api/v1{ONE}",
-        f"/textbook{ONE}",
-        body=f'{{"config": {CONFIG}}}',
-        pgbench=True,
-    ),
+    Operation("GET applications, first 100", "/api/v1/applications?limit=100"),
+    Operation("GET applications, last 100", f"/api/v1/applications?limit=100&after={APPLICATION}<late>"),
+    Operation("PUT configuration", f"/api/v1{ONE}", f"/textbook{ONE}", body=f'{{"config": {CONFIG}}}', pgbench=True),
     Operation(
         "POST restore of a version",
-        "POST",
         f"/api/v1/configurations/{CONFIGURATION}<changed>/versions/<version>/restore",
-        before=f"""
-            DO $$ BEGIN
-                FOR number IN 2..10 LOOP
-                    UPDATE configurations SET comments = 'version ' || number
-                    WHERE id < '{CONFIGURATION}{FIRST + CHANGED}';
-                END LOOP;
-            END $$
-        """,
+        before=CHANGE,
     ),
-    Operation(
-        "POST configuration",
-        "POST",
-        "/api/v1/configurations",
-        body=f'{{"application_id": "{APPLICATION}<a>", "name": "new-<seed>-<count>", "config": {CONFIG}}}',
-        status=201,
-    ),
-    Operation("GET configuration by id, 2 workers", "GET", f"/api/v1{ONE}", f"/textbook{ONE}", workers=2),
+    Operation("POST configuration", "/api/v1/configurations", body=NEW, status=201),
+    Operation("GET configuration by id, 2 workers", f"/api/v1{ONE}", f"/textbook{ONE}", workers=2),
 ]
-BARE_ROUTE = Operation("bare route", "GET", "/bare")
+BARE_ROUTE = Operation("GET bare route", "/bare")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,18 +99,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="operations with TEXT in their name, or `process`")
     parser.add_argument("--json", action="store_true", help="print all that was measured as JSON")
     options = parser.parse_args(argv)
+    chosen = [operation for operation in OPERATIONS if options.only in operation.name]
+    if min(options.applications, options.seconds, options.rounds) < 1:
+        parser.error("every number is at least 1")
+    if not chosen and options.only not in "process":
+        parser.error("--only is in no name: " + ", ".join([each.name for each in OPERATIONS] + ["process"]))
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing: `apt-get install wrk` or `brew install wrk` brings it")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either signal ends the blocks that stop what was begun
     try:
-        report = run(options)
+        report = run(options, chosen)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(json.dumps(report, indent=2) if options.json else table(report))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = [operation for operation in OPERATIONS if options.only in operation.name]
+def run(options: argparse.Namespace, chosen: list[Operation]) -> dict[str, Any]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, database(Path(folder, "postgres")) as url:
         bench = SimpleNamespace(**vars(options), url=url, folder=Path(folder))
         make_data(url, options.applications)
@@ -202,7 +183,7 @@ function request()
   local c, a, e = {FIRST} + drawn, {FIRST} + math.floor(drawn / {CONFIGURATIONS}), drawn % {CONFIGURATIONS} + 1
   local changed, version = {FIRST} + drawn % {CHANGED}, token % 10 + 1
   local headers = {{{", ".join(f"[ {text(name)} ] = {text(value)}" for name, value in headers.items())}}}
-  return wrk.format("{operation.method}", {text(operation.path)}, headers, {text(operation.body)})
+  return wrk.format("{operation.name.split()[0]}", {text(operation.path)}, headers, {text(operation.body)})
 end
 """
 
@@ -242,7 +223,7 @@ def check(base: str, operation: Operation) -> None:
 
     headers = {name: text(value) for name, value in operation.headers.items()}
     url = base + text(operation.path)
-    response = httpx.request(operation.method, url, headers=headers, content=text(operation.body))
+    response = httpx.request(operation.name.split()[0], url, headers=headers, content=text(operation.body))
     if response.status_code != operation.status:
         raise SystemExit(f"{operation.name}: {response.status_code}: {response.text}")
 
@@ -254,10 +235,9 @@ def pgbench_script(url: str) -> str:
         """
         SELECT query
         FROM pg_stat_activity
-        WHERE application_name = 'config-service' AND query LIKE '%UPDATE configurations%'
-        ORDER BY query_start DESC
-        LIMIT 1
+        WHERE application_name = 'config-service' AND query LIKE %(like)s
         """,
+        {"like": f"%{TOKEN}%"},
     )
     # pgbench sets its variables in quoted text too.
     return row["query"].replace(f"{CONFIGURATION}{FIRST}", f"{CONFIGURATION}:c").replace(TOKEN, ":token")
@@ -283,16 +263,16 @@ def pgbench(bench: SimpleNamespace, statement: str, connections: int) -> dict[st
 
 def measure_process(bench: SimpleNamespace) -> dict[str, float]:
     """The service alone, one worker: how soon it answers, what memory it takes, and how it streams the longest list."""
+    print("process", file=sys.stderr)
     starts = []
     for _ in range(bench.rounds):
         with serve(bench.url, "svc.app:app") as server:
             starts.append(server.seconds)
-    print("process", file=sys.stderr)
-    with serve(bench.url, "svc.app:app") as server:
+    with serve(bench.url, "svc.app:app") as server, httpx.Client(base_url=server.base, timeout=600) as client:
         fresh = memory(server.pid, "VmRSS")
         Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # the peak begins here
         begun = time.monotonic()
-        with httpx.stream("GET", f"{server.base}/api/v1/applications", timeout=600) as response:
+        with client.stream("GET", "/api/v1/applications") as response:
             chunks = response.iter_raw()
             size = len(next(chunks))
             first_byte = time.monotonic() - begun
@@ -314,7 +294,9 @@ def measure_process(bench: SimpleNamespace) -> dict[str, float]:
 
 
 def memory(pid: int, field: str) -> float:
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]) / 1000
+    """In MB. The kernel's kB has 1,024 bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1]) * 1024 / 1e6
 
 
 def machine(url: str) -> dict[str, Any]:
@@ -382,7 +364,7 @@ def serve(url: str, app: str, workers: int = 1) -> Iterator[SimpleNamespace]:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
             while not answers(client):
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > begun + 60:
                     raise SystemExit(f"{app} did not start")
                 time.sleep(0.01)
         seconds = time.monotonic() - begun

@@ -1,4 +1,5 @@
 import json
+import signal
 import threading
 from argparse import Namespace
 
@@ -40,7 +41,9 @@ def fake_wrk(tmp_path, monkeypatch):
         path.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
-    return put
+    before = signal.getsignal(signal.SIGTERM)
+    yield put
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -114,8 +117,15 @@ def test_without_wrk_one_line_says_how_to_get_it(tmp_path, monkeypatch):
         bench.main([])
 
 
+@pytest.mark.parametrize("given", [["--rounds", "0"], ["--only", "nothing is called so"]])
+def test_a_run_that_would_measure_nothing_is_refused(given):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(given)
+    assert ended.value.code == 2
+
+
 def test_ctrl_c_ends_without_a_traceback(fake_wrk, monkeypatch):
-    def interrupted(options):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     fake_wrk(WRK)
