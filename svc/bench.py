@@ -359,6 +359,7 @@ def serve(url: str, app: str, workers: int = 1) -> Iterator[SimpleNamespace]:
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", app, "--ws", "none", *options.split()],
         env=environment,
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
     try:
