@@ -1,67 +1,221 @@
-"""The migration runner: applies the SQL files beside it to PostgreSQL, each once, in the order of their numbers.
+"""Applies SQL files to PostgreSQL, each once, in the order of their numbers: python -m svc.migrations [COMMAND]
 
-A file NUMBER_name.sql runs in one transaction with its record in the table `migrations`, NUMBER_name.down.sql takes it
-back. A file whose first line is `-- no-transaction` runs statement by statement outside one. One runner works at a
-time. Before anything runs, all is refused if an applied file was edited, renamed or deleted, or a number skipped.
+    status [--json]                  every migration: applied, pending, or what is wrong with it
+    up [--to VERSION]                apply what is pending; the same as no command
+    down [--to VERSION | --steps N]  take back what is applied, newest first; one step unless told otherwise
+    verify                           a line for each applied file that was edited, renamed or deleted, for each
+                                     pending one older than the newest applied, and for files with the same number
+    new NAME                         write the next numbered pair of files
 
-exit codes: 0 done, or nothing pending; 1 pending, refused or failed, as one line on stderr says; 2 wrong usage
+    --dry-run                        with up and down: say what would run, and run nothing
+    --allow-out-of-order             with up and down: accept pending files older than the newest applied
+    --database-url URL               instead of DATABASE_URL
+    --folder FOLDER                  where the files are, instead of the folder beside the code
+    -h, --help                       this text
+
+NUMBER_name.sql runs in one transaction with its record in the table `migrations`; NUMBER_name.down.sql takes it back.
+A file whose first line is `-- no-transaction` runs statement by statement outside one, as CREATE INDEX CONCURRENTLY
+needs. Files are UTF-8. What `verify` finds, or a file that cannot run, is refused before anything is touched.
+
+One runner works at a time, and others wait for it, at most MIGRATION_WAIT seconds. A statement that has to wait for a
+lock longer than MIGRATION_LOCK_TIMEOUT seconds fails, unless its file sets another lock_timeout.
+
+Exit codes: 0 done, and for `status` and `verify` nothing is pending or wrong; 1 pending or wrong, or refused or failed
+as a line on stderr says; 2 wrong usage.
 """
 
-import argparse
 import hashlib
+import inspect
 import json
 import re
 import signal
 import sys
 import time
-from collections import namedtuple
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from datetime import UTC
-from itertools import pairwise
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections import defaultdict, namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import psycopg2
-from psycopg2.extensions import connection, make_dsn, parse_dsn
+from psycopg2.extensions import cursor, make_dsn, parse_dsn
 from psycopg2.extras import RealDictCursor
 from pydantic import SecretStr
 
 from svc import settings
 
 FOLDER = Path(__file__).with_name("migrations")
-NO_TRANSACTION = "-- no-transaction"
 
-# `text` as it is run and summed: without byte order mark, lines ending in \n.
 Migration = namedtuple("Migration", "version name path text checksum")
+# What is at one number: the file and the record of it, of which one may be missing, and what is wrong, or None.
+State = namedtuple("State", "version name state problem applied_at seconds file")
+
+
+# --- The commands. Each exits with one line if it cannot do its work. ---
+
+
+def up(url: str, folder: Path = FOLDER, to: int | None = None, dry_run: bool = False, late: bool = False) -> None:
+    """Apply what is pending, in numeric order, up to version `to`. `late` accepts what is older than the newest."""
+    with _ready(url, folder, dry_run, late) as (db, table, states):
+        if to is not None and to not in {each.version for each in states}:
+            raise SystemExit(f"no migration has the number {to}")
+        pending = [each.file for each in states if each.state != "applied" and (to is None or each.version <= to)]
+        begin = f"INSERT INTO {table} (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)"
+        end = f"UPDATE {table} SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
+        _run(db, table, [(file, file.path.name, file.text) for file in pending], begin, end, dry_run)
+
+
+def down(
+    url: str, folder: Path = FOLDER, to: int | None = None, steps: int = 1, dry_run: bool = False, late: bool = False
+) -> None:
+    """Take back the newest `steps`, or all above version `to`, newest first."""
+    with _ready(url, folder, dry_run, late) as (db, table, states):
+        if steps < 1:
+            raise SystemExit("--steps must be 1 or more")
+        newest_first = [each.file for each in reversed(states) if each.state == "applied"]
+        if to not in {None, 0, *(file.version for file in newest_first)}:
+            raise SystemExit(f"version {to} is not applied")
+        chosen = newest_first[:steps] if to is None else [file for file in newest_first if file.version > to]
+        paths = [file.path.with_suffix(".down.sql") for file in chosen]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise SystemExit(f"refused, nothing was touched: there is no {missing[0]}")
+        plan = [(file, path.name, _read(path)) for file, path in zip(chosen, paths, strict=True)]
+        begin = f"UPDATE {table} SET duration = NULL WHERE version = %(version)s"
+        end = f"DELETE FROM {table} WHERE version = %(version)s"
+        _run(db, table, plan, begin, end, dry_run)
+
+
+def status(url: str, folder: Path = FOLDER, as_json: bool = False) -> bool:
+    """Print every migration and its state. True if nothing is pending or wrong."""
+    with _connected(url) as (db, table):
+        states = _states(db, table, folder)
+    if as_json:
+        print(json.dumps([{**each._asdict(), "file": each.file and each.file.path.name} for each in states], indent=2))
+    else:
+        width = max((len(each.name) for each in states), default=0)
+        for each in states:
+            took = "" if each.seconds is None else f"{each.seconds * 1000:.0f} ms"
+            print(f"{each.name:{width}}  {each.state:12}  {each.applied_at or '':20}  {took}".rstrip())
+    return all(each.state == "applied" for each in states)
+
+
+def verify(url: str, folder: Path = FOLDER) -> bool:
+    """Print a line for everything that is wrong. True if nothing is."""
+    with _connected(url) as (db, table):
+        problems = [each.problem for each in _states(db, table, folder) if each.problem]
+    for problem in problems:
+        print(problem)
+    return not problems
+
+
+def new(name: str, folder: Path = FOLDER) -> None:
+    """Write the next pair of files, empty but for a comment, and print their paths."""
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    if not slug:
+        raise SystemExit("a migration needs a name of letters or digits")
+    version = max((file.version for file in _files(folder)), default=0) + 1
+    for ending, comment in ((".sql", name), (".down.sql", f"Take back: {name}")):
+        path = folder / f"{version:04}_{slug}{ending}"
+        with path.open("x", encoding="utf-8") as file:
+            file.write(f"-- {' '.join(comment.split())}\n")
+        print(path)
+
+
+def health(applied: list[int], folder: Path = FOLDER) -> str | None:
+    """Why this code cannot work with a schema of these versions, or None if it can. Reads only the names of files."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("*.sql")]
+    expected = {int(name["version"]) for name in names if name and not name["down"]}
+    if ahead := sorted(set(applied) - expected):
+        return f"the database is ahead of this code by migration {', '.join(map(str, ahead))}"
+    if pending := sorted(expected - set(applied)):
+        return f"migration {', '.join(map(str, pending))} is pending"
+    return None
+
+
+@contextmanager
+def _ready(url: str, folder: Path, dry_run: bool, late: bool) -> Iterator[tuple[cursor, str, list[State]]]:
+    """A connection, the table of records and all states, with nothing wrong and no other runner at work."""
+    with _connected(url) as (db, table):
+        if not dry_run:
+            _lock(db, table)
+        states = _states(db, table, folder)
+        accepted = "out of order" if late else None
+        if problems := [each.problem for each in states if each.problem and each.state != accepted]:
+            more = f" (and {len(problems) - 1} more: see verify)" if len(problems) > 1 else ""
+            raise SystemExit(f"refused, nothing was touched: {problems[0]}{more}")
+        yield db, table, states
+
+
+def _states(db: cursor, table: str, folder: Path) -> list[State]:
+    """The state of every migration, in numeric order."""
+    files, records = defaultdict(list), {}
+    for file in _files(folder):
+        files[file.version].append(file)
+    db.execute("SELECT to_regclass(%(table)s) IS NOT NULL AS exists", {"table": table})
+    if db.fetchone()["exists"]:
+        at = "to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') AS applied_at"
+        db.execute(f"SELECT version, name, checksum, {at}, extract(epoch FROM duration)::float AS seconds FROM {table}")
+        records = {row["version"]: row for row in db}
+    newest, states = max(records, default=0), []
+    for version in sorted(files.keys() | records.keys()):
+        file, *others = files[version] or [None]
+        record = records.get(version)
+        name = record["name"] if record else file.name
+        state, problem = "applied", None
+        if others:
+            state, problem = "ambiguous", f"{file.name} and {others[0].name} have the same number"
+        elif record is None and version > newest:
+            state = "pending"
+        elif record is None:
+            state = "out of order"
+            problem = f"{name} is pending and older than the newest applied, {newest}: --allow-out-of-order accepts it"
+        elif record["seconds"] is None:
+            state = "half-way"
+            problem = (
+                f"{name} broke half-way: put right by hand what it left, then either "
+                f"DELETE FROM migrations WHERE version = {version}; if none of it is there, or "
+                f"UPDATE migrations SET duration = '0' WHERE version = {version}; if all of it is"
+            )
+        elif file is None:
+            state, problem = "deleted", f"{name} is applied and its file is gone"
+        elif file.name != name:
+            state, problem = "renamed", f"{name} is applied and its file is now called {file.name}"
+        elif file.checksum != record["checksum"]:
+            state, problem = "edited", f"{name} was edited after it was applied"
+        when = (record["applied_at"], record["seconds"]) if record else (None, None)
+        states.append(State(version, name, state, problem, *when, file))
+    return states
 
 
 # --- Files ---
 
+# ASCII alone: file systems do not agree on how to write the rest, so that a file would seem to be renamed.
+_NAME = re.compile(r"(?P<version>(?!0+_)[0-9]{1,18})_[A-Za-z0-9_-]+(?P<down>\.down)?\.sql")
 
-def read_files(folder: Path) -> list[Migration]:
-    """The migrations of a folder in numeric order. Exits with one line if a file cannot be one."""
+
+def _files(folder: Path) -> list[Migration]:
     found = []
-    for path in folder.glob("*.sql"):
-        name = re.fullmatch(r"(\d{1,9})_(\w[\w.-]*)", path.name.removesuffix(".sql").removesuffix(".down"))
-        if name is None:
+    for path in folder.iterdir():
+        name = _NAME.fullmatch(path.name)
+        if name is None and path.suffix.lower() == ".sql":
             raise SystemExit(f"{path.name}: a migration is called NUMBER_name.sql or NUMBER_name.down.sql")
-        if not path.name.endswith(".down.sql"):
+        if name and not name["down"]:
             text = _read(path)
-            found.append(Migration(int(name[1]), path.stem, path, text, hashlib.sha256(text.encode()).hexdigest()))
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            found.append(Migration(int(name["version"]), path.stem, path, text, digest))
     return sorted(found)
 
 
 def _read(path: Path) -> str:
+    """The text as it is run and summed: without a byte order mark, every line ending in a line feed."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SystemExit(f"{path.name}: not UTF-8") from None
+    if "\0" in text:
+        raise SystemExit(f"{path.name}: holds a NUL byte, which PostgreSQL cannot read")
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def down_path(migration: Migration) -> Path:
-    return migration.path.with_suffix(".down.sql")
 
 
 # What may hold a semicolon that ends no statement (PostgreSQL manual, 4.1 Lexical Structure), words and single marks.
@@ -70,416 +224,197 @@ _TOKEN = re.compile(
       --[^\n]*
     | /\*
     | [eE]'(?:[^'\\]|\\.|'')*'
-    | '(?:[^']|'')*'
-    | "(?:[^"]|"")*"
+    | '[^']*'
+    | "[^"]*"
     | \$(?P<tag>(?:[^\W\d]\w*)?)\$.*?\$(?P=tag)\$
     | \w[\w$]*
     | \S
     """,
     re.DOTALL | re.VERBOSE,
 )
-_ENDS_TRANSACTION = {"BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT"}
+_COMMENT = re.compile(r"/\*|\*/")
+_CONTROL = re.compile(r"(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 
 
-def split(text: str) -> list[tuple[int, str]]:
-    """The statements of a file, each with the line it begins at."""
-    statements, words = [], []
-    begin, position, parentheses, atomic = None, 0, 0, 0
-    while token := _TOKEN.search(text, position):
-        position = token.end()
-        mark = token[0].upper()
-        if mark.startswith("--"):
+def _statements(name: str, text: str) -> list[tuple[int, str]]:
+    """The statements of a file, each with the line it begins at. Exits with one line if it cannot run."""
+    found, line, counted = [], 1, 0
+    begin, position, previous = None, 0, ""
+    comments, depth = 0, 0  # how many are open
+    while token := (_COMMENT if comments else _TOKEN).search(text, position):
+        position, word = token.end(), token[0].upper()
+        comments += (word == "/*") - (word == "*/")
+        if comments or word == "*/" or word.startswith("--"):
             continue
-        if mark == "/*":
-            position = _comment_end(text, position)
-            continue
-        if mark == ";" and parentheses == 0 and atomic == 0:
-            if begin is not None:
-                statements.append((text.count("\n", 0, begin) + 1, text[begin:position]))
-            begin, words = None, []
-            continue
-        if begin is None:
+        # Semicolons stand in the body of a rule, ( … ; … ), and of an SQL function, BEGIN ATOMIC … CASE … END; … END.
+        depth += word == "(" or (previous, word) == ("BEGIN", "ATOMIC") or (depth > 0 and word == "CASE")
+        depth -= word == ")" or (depth > 0 and word == "END")
+        previous = word
+        if begin is None and word != ";":
             begin = token.start()
-        parentheses += (mark == "(") - (mark == ")")
-        # The body of a standard SQL function: BEGIN ATOMIC … END, in which CASE … END may stand.
-        atomic += (mark == "ATOMIC" and words[-1:] == ["BEGIN"]) + (atomic > 0 and mark == "CASE")
-        atomic -= atomic > 0 and mark == "END"
-        words.append(mark)
+            line, counted = line + text.count("\n", counted, begin), begin
+        if begin is not None and word == ";" and depth <= 0:
+            found.append((line, text[begin:position]))
+            begin = None
     if begin is not None:
-        statements.append((text.count("\n", 0, begin) + 1, text[begin:]))
-    return statements
-
-
-def _comment_end(text: str, position: int) -> int:
-    depth = 1
-    for mark in re.compile(r"/\*|\*/").finditer(text, position):
-        depth += 1 if mark[0] == "/*" else -1
-        if depth == 0:
-            return mark.end()
-    return len(text)
-
-
-def _checked(path: Path) -> list[tuple[int, str]]:
-    """The statements of a file. Exits with one line if it cannot run as a migration."""
-    text = _read(path)
-    if "\0" in text:
-        raise SystemExit(f"{path.name}: holds a NUL byte, which PostgreSQL cannot read")
-    statements = split(text)
-    if not statements:
-        raise SystemExit(f"{path.name}: holds no statement, only comments or nothing")
-    for line, statement in statements:
-        first = re.match(r"\w*", statement)[0].upper()
-        if first in _ENDS_TRANSACTION or re.match(r"PREPARE\s+TRANSACTION\b", statement, re.IGNORECASE):
-            raise SystemExit(f"{path.name}:{line}: {first} is the runner's to say; take it out")
-    return statements
+        found.append((line, text[begin:]))
+    if comments:
+        raise SystemExit(f"{name}: a comment in it does not end")
+    if not found:
+        raise SystemExit(f"{name}: holds no statement, only comments or nothing")
+    for line, statement in found:
+        if control := _CONTROL.match(statement):
+            raise SystemExit(f"{name}:{line}: {control[0].upper()} is for the runner to say; take it out")
+    return found
 
 
 # --- The database ---
 
 
 @contextmanager
-def _connected(url: str) -> Iterator[connection]:
-    """A connection of the runner's own, closed at the end. Exits with one line if there is none."""
-    config = settings.load()
+def _connected(url: str) -> Iterator[tuple[cursor, str]]:
+    """A connection of the runner's own and the qualified name of its table, which no file's search_path then hides.
+
+    It is in autocommit, and closing it takes back whatever transaction is open.
+    """
     given = parse_dsn(url)
     # A server notices within half a second that its runner was killed, and lets go of the locks.
-    options = f"-c lock_timeout={config.migration_lock_timeout * 1000:.0f} -c client_connection_check_interval=500"
-    dsn = make_dsn(
-        **{
-            "application_name": "config-service-migrations",
-            "connect_timeout": 5,
-            **given,
-            "options": f"{options} {given.get('options', '')}",
-        }
-    )
+    options = f"-c lock_timeout={settings.load().migration_lock_timeout * 1000:.0f}"
+    options += f" -c client_connection_check_interval=500 {given.get('options', '')}"
+    defaults = {"application_name": "config-service-migrations", "connect_timeout": 5}
+    dsn = make_dsn(**{**defaults, **given, "options": options, "client_encoding": "UTF8"})
     try:
-        made = psycopg2.connect(dsn, cursor_factory=RealDictCursor)
+        connection = psycopg2.connect(dsn, cursor_factory=RealDictCursor)
     except psycopg2.Error as error:
         raise SystemExit(f"cannot connect: {_line(error)}") from None
     try:
-        made.autocommit = True
-        yield made
+        connection.autocommit = True
+        db = connection.cursor()
+        db.execute("SELECT quote_ident(current_schema()) || '.migrations' AS name")
+        if (table := db.fetchone()["name"]) is None:
+            raise SystemExit("no schema of the search_path exists, or this user may not use it")
+        yield db, table
     except psycopg2.Error as error:
-        raise SystemExit(f"{error.pgcode or 'connection lost'}: {_line(error)}") from None
+        raise SystemExit(_line(error)) from None
     finally:
-        made.close()
+        connection.close()
 
 
 def _line(error: psycopg2.Error) -> str:
-    message = error.diag.message_primary or str(error).strip() or type(error).__name__
-    return " ".join(message.split())
+    message = " ".join((error.diag.message_primary or str(error)).split())
+    return f"{error.pgcode}: {message}" if error.pgcode else message
 
 
-def _rows(conn: connection, statement: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    with conn.cursor() as cursor:
-        cursor.execute(statement, params)
-        return cursor.fetchall() if cursor.description else []
-
-
-def _table(conn: connection) -> str:
-    """The qualified name of the table `migrations`, so that no file's search_path hides it."""
-    [row] = _rows(conn, "SELECT format('%I.migrations', current_schema()) AS name, current_schema() AS schema")
-    if row["schema"] is None:
-        raise SystemExit("no schema of the search_path exists, or this user may not use it")
-    return row["name"]
-
-
-def _applied(conn: connection, table: str) -> dict[int, dict[str, Any]]:
-    [row] = _rows(conn, "SELECT to_regclass(%(table)s) IS NOT NULL AS exists", {"table": table})
-    if not row["exists"]:
-        return {}
-    found = _rows(
-        conn,
-        f"""
-        SELECT version, name, checksum, applied_at, extract(epoch FROM duration)::float AS seconds
-        FROM {table}
-        ORDER BY version
-        """,
-    )
-    return {row["version"]: row for row in found}
-
-
-@contextmanager
-def _locked(conn: connection, table: str) -> Iterator[None]:
-    """The only runner at work on this schema. Exits with one line after MIGRATION_WAIT seconds of waiting for another.
+def _lock(db: cursor, table: str) -> None:
+    """Be the only runner at work in this schema until the connection ends, or give up after MIGRATION_WAIT.
 
     Tried again and again instead of waited for: a statement that waits would hold a snapshot, for which the CREATE
     INDEX CONCURRENTLY of the runner at work would wait in turn.
     """
-    wait = settings.load().migration_wait
-    until = time.monotonic() + wait
-    attempt = "SELECT pg_try_advisory_lock(hashtext('svc.migrations'), hashtext(%(table)s)) AS held"
-    while not _rows(conn, attempt, {"table": table})[0]["held"]:
-        if time.monotonic() > until:
-            raise SystemExit(f"another runner has been at work for {wait:g} s: see whether it is stuck, or try later")
+    wait, started = settings.load().migration_wait, time.monotonic()
+    while True:
+        db.execute("SELECT pg_try_advisory_lock(hashtext('svc.migrations'), hashtext(%s)) AS held", [table])
+        if db.fetchone()["held"]:
+            return
+        if time.monotonic() - started > wait:
+            raise SystemExit(f"another runner is still at work after {wait:g} s: try later, or see what it waits for")
         time.sleep(0.05)
-    # An open transaction elsewhere may be about to create the table too.
-    _rows(conn, f"SET lock_timeout = {wait * 1000:.0f}")
-    _rows(
-        conn,
-        f"""
-        CREATE TABLE IF NOT EXISTS {table} (
-            version    integer PRIMARY KEY,
-            name       text NOT NULL,
-            checksum   text NOT NULL,
-            applied_at timestamptz NOT NULL DEFAULT now(),
-            duration   interval
-        )
-        """,
-    )
-    _rows(conn, "RESET lock_timeout")
-    yield
 
 
-def _run(
-    conn: connection,
-    verb: str,
-    path: Path,
-    statements: list[tuple[int, str]],
-    mark: str,
-    record: str,
-    migration: Migration,
-) -> None:
-    """Run a file between two statements of its record. Exits with one line that names the place if it fails.
+def _run(db: cursor, table: str, plan: list[tuple[Migration, str, str]], begin: str, end: str, dry_run: bool) -> None:
+    """Run each text of the plan between two statements on its record, in one transaction unless it asks for none.
 
-    All of it is one transaction. Without one, as the file may ask, the mark tells of a file that broke half-way.
+    Without one, a record that has its beginning and not its end tells of a file that broke half-way.
     """
-    params = {"version": migration.version, "name": migration.name, "checksum": migration.checksum}
-    started, line, statement = time.monotonic(), 0, ""
-    try:
-        with nullcontext() if _read(path).partition("\n")[0].rstrip() == NO_TRANSACTION else conn:
-            _rows(conn, mark, params)
-            for line, statement in statements:  # noqa: B007
-                _rows(conn, statement)
-            _rows(conn, record, params)
-        _rows(conn, "RESET ALL")
-    except psycopg2.Error as error:
-        line += statement.count("\n", 0, int(error.diag.statement_position or 1) - 1)
-        waited = f" after {settings.load().migration_lock_timeout:g} s: {statement.splitlines()[0]}"
-        reason = _line(error) + (waited if error.pgcode == "55P03" else "")
-        raise SystemExit(f"{path.name}:{line}: {error.pgcode or 'connection lost'}: {reason}") from None
-    print(f"{verb} {path.name} in {(time.monotonic() - started) * 1000:.0f} ms", flush=True)
-
-
-# --- What is applied, and what should be ---
-
-
-def findings(files: list[Migration], applied: dict[int, dict[str, Any]], out_of_order: bool = False) -> list[str]:
-    """A line for everything in which the files are not what was applied. `out_of_order` lets late files pass."""
-    by_version = {file.version: file for file in files}
-    found = [
-        f"{later.path.name} has the number of {file.path.name}"
-        for file, later in pairwise(files)
-        if file.version == later.version
-    ]
-    for version, row in applied.items():
-        file = by_version.get(version)
-        if row["seconds"] is None:
-            found.append(
-                f"{row['name']} broke half-way: put right by hand what it left, then either "
-                f"DELETE FROM migrations WHERE version = {version}; to run it again, or "
-                f"UPDATE migrations SET duration = '0' WHERE version = {version}; to take it for applied"
-            )
-        if file is None:
-            found.append(f"{row['name']} was applied and its file is gone")
-        elif file.name != row["name"]:
-            found.append(f"{row['name']} was applied and its file is now called {file.name}")
-        elif file.checksum != row["checksum"]:
-            found.append(f"{row['name']} was edited after it was applied")
-    newest = max(applied, default=0)
-    late = [file for file in files if file.version not in applied and file.version < newest]
-    return found + [
-        f"{file.name} is pending and older than the newest applied, {newest}: --allow-out-of-order applies it"
-        for file in late
-        if not out_of_order
-    ]
-
-
-def _refuse(found: list[str]) -> None:
-    if found:
-        more = f" (and {len(found) - 1} more: see verify)" if len(found) > 1 else ""
-        raise SystemExit(f"refused, nothing was touched: {found[0]}{more}")
-
-
-def health(applied: list[int]) -> str | None:
-    """Why this code cannot work with a schema of these versions, or None if it can."""
-    expected = [file.version for file in read_files(FOLDER)]
-    if ahead := sorted(set(applied) - set(expected)):
-        return f"the database is ahead of this code by migration {', '.join(map(str, ahead))}"
-    if pending := sorted(set(expected) - set(applied)):
-        return f"migration {', '.join(map(str, pending))} is pending"
-    return None
-
-
-# --- Commands ---
-
-
-def up(
-    url: str, folder: Path = FOLDER, to: int | None = None, dry_run: bool = False, out_of_order: bool = False
-) -> None:
-    """Apply what is pending, in numeric order, up to version `to`. Exits with one line if anything is wrong."""
-    files = read_files(folder)
-    if to is not None and to not in {file.version for file in files}:
-        raise SystemExit(f"no file has the number {to}")
-    with _connected(url) as conn:
-        table = _table(conn)
-        with nullcontext() if dry_run else _locked(conn, table):
-            applied = _applied(conn, table)
-            _refuse(findings(files, applied, out_of_order))
-            pending = [file for file in files if file.version not in applied and (to is None or file.version <= to)]
-            plan = [(file, _checked(file.path)) for file in pending]
-            for file, statements in plan:
-                if dry_run:
-                    print(f"would apply {file.path.name}")
-                    continue
-                mark = f"INSERT INTO {table} (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)"
-                record = f"UPDATE {table} SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
-                _run(conn, "applied", file.path, statements, mark, record, file)
-            if not plan:
-                print("nothing is pending")
-
-
-def down(
-    url: str,
-    folder: Path = FOLDER,
-    to: int | None = None,
-    steps: int = 1,
-    dry_run: bool = False,
-    out_of_order: bool = False,
-) -> None:
-    """Take back the newest `steps`, or all above `to`, newest first. Exits with one line if anything is wrong."""
-    files = read_files(folder)
-    with _connected(url) as conn:
-        table = _table(conn)
-        with nullcontext() if dry_run else _locked(conn, table):
-            applied = _applied(conn, table)
-            _refuse(findings(files, applied, out_of_order))
-            if to is not None and to not in {0, *applied}:
-                raise SystemExit(f"version {to} is not applied")
-            newest_first = [file for file in reversed(files) if file.version in applied]
-            chosen = newest_first[:steps] if to is None else [file for file in newest_first if file.version > to]
-            paths = [down_path(file) for file in chosen]
-            if missing := [path.name for path in paths if not path.exists()]:
-                raise SystemExit(f"refused, nothing was touched: there is no {missing[0]}")
-            plan = [(file, path, _checked(path)) for file, path in zip(chosen, paths, strict=True)]
-            for file, path, statements in plan:
-                if dry_run:
-                    print(f"would take back {path.name}")
-                    continue
-                mark = f"UPDATE {table} SET duration = NULL WHERE version = %(version)s"
-                record = f"DELETE FROM {table} WHERE version = %(version)s"
-                _run(conn, "took back", path, statements, mark, record, file)
-            if not plan:
-                print("nothing is applied")
-
-
-def status(url: str, folder: Path = FOLDER, as_json: bool = False) -> bool:
-    """Print every migration and its state. True if nothing is pending or wrong."""
-    files = read_files(folder)
-    with _connected(url) as conn:
-        applied = _applied(conn, _table(conn))
-    by_version = {file.version: file for file in files}
-    newest = max(applied, default=0)
-    shown = []
-    for version in sorted(by_version.keys() | applied.keys()):
-        file, row = by_version.get(version), applied.get(version)
-        if row is None:
-            state = "pending" if version > newest else "out of order"
-        elif row["seconds"] is None:
-            state = "half-way"
-        elif file is None:
-            state = "deleted"
-        elif file.name != row["name"]:
-            state = "renamed"
-        else:
-            state = "applied" if file.checksum == row["checksum"] else "edited"
-        shown.append(
-            {
-                "version": version,
-                "name": row["name"] if row else file.name,
-                "state": state,
-                "applied_at": row and row["applied_at"].astimezone(UTC).isoformat(timespec="seconds"),
-                "seconds": row and row["seconds"],
-            }
+    checked = [(*each, _statements(*each[1:])) for each in plan]
+    if checked and not dry_run:
+        # An open transaction elsewhere may be about to create it too: wait for that as for another runner.
+        db.execute(
+            f"""
+            BEGIN;
+            SET LOCAL lock_timeout = {settings.load().migration_wait * 1000:.0f};
+            CREATE TABLE IF NOT EXISTS {table} (
+                version    bigint PRIMARY KEY,
+                name       text NOT NULL,
+                checksum   text NOT NULL,
+                applied_at timestamptz NOT NULL DEFAULT now(),
+                duration   interval
+            );
+            COMMIT
+            """
         )
-    if as_json:
-        print(json.dumps(shown, indent=2))
-    else:
-        width = max((len(each["name"]) for each in shown), default=0)
-        for each in shown:
-            took = "" if each["seconds"] is None else f"{each['seconds'] * 1000:.0f} ms"
-            print(f"{each['name']:{width}}  {each['state']:12}  {each['applied_at'] or '':25}  {took}".rstrip())
-    return not findings(files, applied) and all(each["state"] == "applied" for each in shown)
+    for migration, name, text, statements in checked:
+        if dry_run:
+            print(f"would run {name}")
+            continue
+        started = time.monotonic()
+        # What the file set for its session must reach neither the record nor the next file.
+        reset = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL"
+        steps = [(None, begin), *statements, (None, reset), (None, end)]
+        if text.partition("\n")[0].rstrip() != "-- no-transaction":
+            steps = [(None, "BEGIN"), *steps, (None, "COMMIT")]
+        for line, statement in steps:
+            try:
+                db.execute(statement, None if line else migration._asdict())
+            except psycopg2.Error as error:
+                inside = statement.count("\n", 0, int(error.diag.statement_position or 1) - 1)
+                place = f"{name}:{line + inside}" if line else name
+                waited = f" in {statement.splitlines()[0]}" if error.pgcode == "55P03" else ""
+                raise SystemExit(f"{place}: {_line(error)}{waited}") from None
+        print(f"{name} in {(time.monotonic() - started) * 1000:.0f} ms", flush=True)
+    if not checked:
+        print("nothing to do")
 
 
-def verify(url: str, folder: Path = FOLDER) -> bool:
-    """Print a line for each finding. True if there is none."""
-    files = read_files(folder)
-    with _connected(url) as conn:
-        found = findings(files, _applied(conn, _table(conn)))
-    for finding in found:
-        print(finding)
-    return not found
-
-
-def new(name: str, folder: Path = FOLDER) -> None:
-    """Write the next pair of files, empty but for a comment, and print their paths."""
-    slug = re.sub(r"\W+", "_", name.strip().lower()).strip("_")
-    if not slug:
-        raise SystemExit("a migration needs a name of letters or digits")
-    version = max((file.version for file in read_files(folder)), default=0) + 1
-    for ending, comment in ((".sql", name), (".down.sql", f"Take back: {name}")):
-        path = folder / f"{version:04}_{slug}{ending}"
-        path.write_text(f"-- {' '.join(comment.split())}\n", encoding="utf-8")
-        print(path)
+# --- The command line ---
 
 
 def main(arguments: list[str] | None = None) -> int:
-    # psycopg2 waits in C, where Python's own handler would not run: end at once, the server undoes what is open.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not {"-h", "--help", *COMMANDS} & set(arguments):
-        arguments = ["up", *arguments]
-    given = vars(_parser().parse_args(arguments))
-    command = given.pop("command")
-    url = given.pop("url")
-    if command != "new":
-        given["url"] = settings.check_database(SecretStr(url)).get_secret_value() if url else settings.load().database()
-    return 1 if COMMANDS[command](**given) is False else 0
+    parser = ArgumentParser("svc.migrations", argument_default=SUPPRESS, allow_abbrev=False)
+    parser.format_help = lambda: __doc__
+    parser.error = _wrong_usage
+    commands = {command.__name__: command for command in (status, up, down, verify, new)}
+    parser.add_argument("command", nargs="?", choices=commands, default="up")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--to", type=int)
+    end.add_argument("--steps", type=int)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--allow-out-of-order", action="store_true", dest="late")
+    parser.add_argument("--database-url", type=_database, dest="url")
+    parser.add_argument("--folder", type=Path)
+    given = vars(parser.parse_intermixed_args(arguments))
+    command = commands[given.pop("command")]
+    if command is not new and "url" not in given:
+        given["url"] = settings.load().database()
+    try:
+        inspect.signature(command).bind(**given)
+    except TypeError as error:
+        parser.error(f"{command.__name__}: {error}")
+    try:
+        return 1 if command(**given) is False else 0
+    except OSError as error:
+        raise SystemExit(f"{error.filename or 'output'}: {error.strerror}") from None
 
 
-COMMANDS = {"status": status, "up": up, "down": down, "verify": verify, "new": new}
+def _database(url: str) -> str:
+    try:
+        settings.check_database(SecretStr(url.strip() or "="))  # "" would be libpq's default, which nobody named
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return url
 
 
-def _parser() -> argparse.ArgumentParser:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("svc.migrations", description=__doc__, formatter_class=plain)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help="up, if there is none:")
-    for name, summary in {
-        "status": "every migration: applied, pending or what is wrong with it; exit 1 unless all are applied",
-        "up": "apply what is pending",
-        "down": "take back what is applied, newest first, one unless told otherwise",
-        "verify": "a line for each applied file that was edited, renamed or deleted, and the like; exit 1 if any",
-        "new": "write the next pair of files",
-    }.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument(
-            "--folder", type=Path, default=FOLDER, help="where the files are, instead of beside the code"
-        )
-        command.add_argument("--database-url", dest="url", metavar="URL", help="instead of DATABASE_URL")
-        if name == "new":
-            command.add_argument("name", metavar="NAME")
-        if name == "status":
-            command.add_argument("--json", dest="as_json", action="store_true", help="for machines")
-        if name in ("up", "down"):
-            command.add_argument("--to", type=int, metavar="VERSION", help="the version to end at")
-            command.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
-            accept = "take pending files that are older than the newest applied"
-            command.add_argument("--allow-out-of-order", dest="out_of_order", action="store_true", help=accept)
-        if name == "down":
-            command.add_argument("--steps", type=int, default=1, metavar="N", help="how many; all of them with --to")
-    return parser
+def _wrong_usage(message: str) -> NoReturn:
+    """Exit with one line that repeats no value: it may be the URL of the database, given in the wrong place."""
+    message = re.sub(r"(unrecognized arguments|invalid \w+|explicit argument)\b.*", r"\1", message, flags=re.DOTALL)
+    print(f"svc.migrations: {message}; -h explains", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
+    # psycopg2 waits in C, where Python's own handler does not run: end at once, the server takes back what is open.
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(main())
