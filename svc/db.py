@@ -205,19 +205,20 @@ def coalesced[K: Hashable](
 
     One statement is in flight; whoever comes meanwhile waits for the next, which takes up to BATCH keys, each once.
     A read so always begins after it was asked for. An error reaches those who shared the statement, nobody else.
-    `fetch_all` gets the keys and the seconds that are left to the one who waits longest.
+    `fetch_all` gets the keys and the seconds that are left to the one of them who waits longest.
     """
-    waiting: dict[K, list[asyncio.Future[Row | None]]] = {}
-    since = 0.0
+    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, in that order, and who
     flying: asyncio.Task[None] | None = None
 
     async def fly() -> None:
         nonlocal flying
         try:
             while waiting:
-                batch = {key: waiting.pop(key) for key in list(islice(waiting, BATCH))}
+                keys = list(islice(waiting, BATCH))
+                since = waiting[keys[0]][0]
+                batch = {key: waiting.pop(key)[1] for key in keys}
                 try:
-                    rows = await fetch_all(list(batch), since + _settings.db_deadline - monotonic())
+                    rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
                     settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
                 except Exception as error:
                     settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
@@ -228,11 +229,9 @@ def coalesced[K: Hashable](
             flying = None
 
     def read(key: K) -> asyncio.Future[Row | None]:
-        nonlocal flying, since
-        if not waiting:
-            since = monotonic()
+        nonlocal flying
         future = asyncio.get_running_loop().create_future()
-        waiting.setdefault(key, []).append(future)
+        waiting.setdefault(key, (monotonic(), []))[1].append(future)
         if flying is None:
             flying = asyncio.create_task(fly())
         return future

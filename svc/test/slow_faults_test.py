@@ -191,6 +191,36 @@ def test_beyond_the_queue_clients_get_503_at_once_and_those_in_it_are_answered(s
         recovered(served, before)
 
 
+def test_many_readers_of_different_documents_are_served_for_longer_than_the_deadline(server):
+    settings = {"db_deadline": 1, "db_statement_timeout": 0.9, "db_lock_timeout": 0.5}
+    with serving(new_database(server), **settings) as served:
+        ids = [f"{UNKNOWN[:-3]}{n}" for n in range(100, 400)]
+        sql(served.url, "INSERT INTO applications (id, name) SELECT id, id FROM unnest(%s) AS id", ids)
+        requests = [request("GET", f"/applications/{id}") for id in ids]
+        statuses = asyncio.run(again_and_again(served.base, requests, 3))
+        assert statuses.keys() == {200}
+
+
+async def again_and_again(base: str, requests: list[bytes], seconds: float) -> Counter[int]:
+    """The statuses of requests that are repeated for so long, each on a connection of its own."""
+    host, port = base.removeprefix("http://").split(":")
+    seen: Counter[int] = Counter()
+    end = monotonic() + seconds
+
+    async def repeat(sent: bytes) -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while monotonic() < end:
+            writer.write(sent)
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+            seen[int(head.split()[1])] += 1
+        writer.close()
+        await writer.wait_closed()
+
+    await asyncio.gather(*map(repeat, requests))
+    return seen
+
+
 def ask(clients: ThreadPoolExecutor, served: Any) -> list[Any]:
     """As many writes as there are connections, all waiting for the table, which is locked."""
     path = "/api/v1/applications"
