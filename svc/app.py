@@ -29,7 +29,7 @@ from svc.models import (
     Health,
     Name,
 )
-from svc.strict import StrictRoute, guarded
+from svc.strict import StrictRoute, ended, guarded
 
 PREFIX = "/api/v1"
 
@@ -146,6 +146,7 @@ app = FastAPI(
 app.router.route_class = StrictRoute
 app.include_router(api)
 app.add_middleware(guarded)
+app.add_middleware(ended)
 errors.install(app)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -92,6 +93,22 @@ def guarded(app: ASGIApp) -> ASGIApp:
             log.error("%s %s broke off: %s", scope.get("method"), scope["path"], one_line(error.__cause__ or error))
 
     return guard
+
+
+def ended(app: ASGIApp) -> ASGIApp:
+    """ASGI middleware: answers 503 where a request is still at work SHUTDOWN_TIMEOUT seconds after SIGTERM."""
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            refusal = problem(503, "The service is shutting down: try again.", errors.RETRY_AFTER)
+            with suppress(RuntimeError):  # its answer is under way, and is left unfinished
+                await refusal(scope, receive, send)
+
+    return end
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes | None:

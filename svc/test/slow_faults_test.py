@@ -239,6 +239,22 @@ def test_sigterm_waits_for_statements_that_run_into_their_time_limit(server):
         assert sql(served.url, "SELECT FROM applications") == []
 
 
+def test_sigterm_ends_what_takes_longer_than_its_time_and_answers_503(server):
+    url = new_database(server)
+    with (
+        serving(url, shutdown_timeout=1) as served,
+        ThreadPoolExecutor(CONNECTIONS) as clients,
+        locked(url, "applications"),
+    ):
+        asked = ask(clients, served)
+        served.process.send_signal(signal.SIGTERM)
+        stopped = monotonic()
+        answered = [each.result() for each in asked]
+        assert {(each.status_code, each.headers["retry-after"]) for each in answered} == {(503, "1")}
+        assert served.process.wait(10) == 0
+        assert monotonic() - stopped < 1 + 1
+
+
 @pytest.mark.parametrize("fault", [freeze, stop])
 def test_sigterm_ends_in_time_while_the_database_is_away(server, fault):
     with serving(new_database(server), shutdown_timeout=6) as served:
