@@ -193,9 +193,11 @@ def _abandon(job: SimpleNamespace) -> None:
     """Keep a job from beginning, and wake its thread if it waits for a server that is silent."""
     with _ending:
         job.abandoned = True
-        if job.connection is not None:
-            with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
-                wire.shutdown(socket.SHUT_RDWR)
+        if job.connection is None:
+            return
+        with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
+            wire.shutdown(socket.SHUT_RDWR)
+    renew()  # the idle ones lead to the same server, and each would cost somebody the whole deadline
 
 
 def coalesced[K: Hashable](

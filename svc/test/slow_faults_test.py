@@ -6,7 +6,9 @@ import signal
 import socket
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -277,8 +279,9 @@ def test_sigterm_ends_in_time_while_the_database_is_away(server, fault):
         compare(served.url, ledger)
 
 
-@pytest.mark.parametrize(("fault", "seconds"), [(crash, 2), (freeze, DEADLINE + 2)])
-def test_a_standby_takes_over_and_no_acknowledged_write_is_lost(fault, seconds):
+@contextmanager
+def replicated() -> Iterator[tuple[Path, Path, str, str]]:
+    """A primary whose commits wait for its standby, their folders, the primary's URL, and the URL of both."""
     with folders() as parent:
         primary, standby = parent / "a", parent / "b"
         initialise(primary)
@@ -289,19 +292,49 @@ def test_a_standby_takes_over_and_no_acknowledged_write_is_lost(fault, seconds):
         sql(url, "ALTER SYSTEM SET synchronous_standby_names = 'b'")
         sql(url, "SELECT pg_reload_conf()")
         until(lambda: sql(url, "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
-        both = make_dsn(url, host=f"{primary},{standby}", target_session_attrs="read-write")
-        with serving(both) as served:
-            served.url = url
-            before = filled(served)
-            with writers(served.base) as ledger:
-                usual = usual_rate(ledger)
-                fault(primary)
-                promote(standby)
-                served.url = make_dsn(url, host=str(standby))
-                full_rate(ledger, usual, monotonic(), seconds)
-            crash(primary)
-            compare(served.url, ledger)
-            recovered(served, before)
+        yield primary, standby, url, make_dsn(url, host=f"{primary},{standby}", target_session_attrs="read-write")
+
+
+@pytest.mark.parametrize(("fault", "seconds"), [(crash, 2), (freeze, DEADLINE + 2)])
+def test_a_standby_takes_over_and_no_acknowledged_write_is_lost(fault, seconds):
+    with replicated() as (primary, standby, url, both), serving(both) as served:
+        served.url = url
+        before = filled(served)
+        with writers(served.base) as ledger:
+            usual = usual_rate(ledger)
+            fault(primary)
+            promote(standby)
+            full_rate(ledger, usual, monotonic(), seconds)
+        served.url = make_dsn(url, host=str(standby))
+        crash(primary)
+        compare(served.url, ledger)
+        recovered(served, before)
+
+
+def test_a_host_that_vanished_costs_one_deadline_however_many_connections_led_to_it():
+    with replicated() as (primary, standby, url, both), serving(both) as served:
+        served.url = url
+        filled(served)
+        freeze(primary)
+        promote(standby)
+        statuses = [served.client.post("/api/v1/applications", json={"name": f"n{n}"}).status_code for n in range(20)]
+        assert statuses == [503] + [201] * 19
+
+
+def test_writes_are_503_while_the_standby_that_they_wait_for_is_away():
+    with replicated() as (_, standby, url, both), serving(both) as served:
+        served.url = url
+        before = filled(served)
+        with writers(served.base) as ledger:
+            usual = usual_rate(ledger)
+            stop(standby)
+            until(lambda: any(each.status == 503 for each in ledger.attempts))
+            assert served.client.get("/api/v1/applications?limit=1").status_code == 200
+            assert served.client.get("/health").status_code == 200
+            start(standby)
+            full_rate(ledger, usual, monotonic())
+        compare(served.url, ledger)
+        recovered(served, before)
 
 
 def test_a_host_that_is_silent_holds_up_no_other_connection(server):
