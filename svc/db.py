@@ -76,10 +76,10 @@ def _dsn(settings: Settings) -> str:
     )
     defaults = {
         "application_name": "config-service",
-        "client_encoding": "UTF8",
         "connect_timeout": settings.db_connect_timeout,
     }
-    return make_dsn(**{**defaults, **given, "options": f"{options} {given.get('options', '')}"})
+    always = {"client_encoding": "UTF8", "options": f"{options} {given.get('options', '')}"}  # names are in any script
+    return make_dsn(**{**defaults, **given, **always})
 
 
 def _connect() -> connection:

@@ -90,6 +90,13 @@ def test_what_the_url_says_wins(url):
     assert parsed(several).items() >= {"host": "a,b", "port": ",5433", "target_session_attrs": "read-write"}.items()
 
 
+def test_text_is_utf_8_whatever_the_url_says(url):
+    async def work() -> str:
+        return await value("SELECT %(text)s::text", text="中𝕏")
+
+    assert run(make_dsn(url, client_encoding="LATIN1"), work) == "中𝕏"
+
+
 def test_statements_commit_by_themselves_and_one_that_fails_undoes_nothing_else(url):
     async def work() -> None:
         await value("INSERT INTO ledger VALUES (1) RETURNING n")

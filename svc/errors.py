@@ -117,7 +117,7 @@ def unexpected(request: Request, error: Exception) -> Response:
 
 def place(scope: Scope) -> str:
     """Method and path for the log. Not by way of request.url, which raises ValueError for some Host headers."""
-    return f"{scope.get('method', scope['type'])} {quote(scope['path'])}"
+    return f"{scope['method']} {quote(scope['path'])}"
 
 
 def install(app: FastAPI) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svc import errors, models, settings
 from svc.db import one_line
-from svc.errors import problem
+from svc.errors import invalid, problem
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,19 @@ def guarded(app: ASGIApp) -> ASGIApp:
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await app(scope, receive, _briefly(send))
-        if scope["type"] == "http" and scope["method"] == "HEAD":
+        if scope["type"] == "websocket":
+            return await problem(404, "There are no WebSockets here.")(scope, receive, send)
+        if _upgrades(scope["headers"]):
+            # As some clients ask of every server. uvicorn drops what follows the head, and never reads on.
+            send = _closing(send)
+            if {b"content-length", b"transfer-encoding"} & dict(scope["headers"]).keys():
+                msg = "Connections are not upgraded here: send the body without this header"
+                return await invalid({"loc": ["header", "upgrade"], "msg": msg, "type": "upgrade"})(
+                    scope, receive, send
+                )
+        if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}  # the server leaves the body of its answer out
-        elif scope["type"] == "http" and scope["method"] != "GET":
+        elif scope["method"] != "GET":
             try:
                 body = await _body(scope, receive)
             except ValueError as error:
@@ -111,6 +121,20 @@ def ended(app: ASGIApp) -> ASGIApp:
                 await refusal(scope, receive, send)
 
     return end
+
+
+def _upgrades(headers: list[tuple[bytes, bytes]]) -> bool:
+    asks = any(name == b"upgrade" for name, _ in headers)
+    return asks and any(name == b"connection" and b"upgrade" in value.lower() for name, value in headers)
+
+
+def _closing(send: Send) -> Send:
+    async def send_and_close(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
+
+    return send_and_close
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes | None:
