@@ -730,7 +730,7 @@ def test_a_change_behind_a_long_transaction_gives_up_and_lets_readers_go_on(run,
 
     def read(_):
         started = time.monotonic()
-        run_sql(database, "SELECT count(*) FROM busy")
+        run_sql(make_dsn(database, options="-c statement_timeout=20s"), "SELECT count(*) FROM busy")
         return time.monotonic() - started
 
     with closing(psycopg2.connect(database)) as idle, ThreadPoolExecutor(5) as threads:
