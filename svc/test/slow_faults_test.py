@@ -21,6 +21,7 @@ from svc.test.faults import (
     AT_WORK,
     CONNECTIONS,
     UNKNOWN,
+    all_at_once,
     answers,
     backends,
     compare,
@@ -35,6 +36,7 @@ from svc.test.faults import (
     new_database,
     promote,
     recovered,
+    request,
     restart,
     resume,
     running,
@@ -47,7 +49,6 @@ from svc.test.faults import (
     writers,
     written,
 )
-from svc.test.faults_test import all_at_once, request
 from svc.test.process import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
