@@ -78,6 +78,10 @@ def _dsn(settings: Settings) -> str:
         "application_name": "config-service",
         "client_encoding": "UTF8",
         "connect_timeout": settings.db_connect_timeout,
+        # Seconds of TCP: firewalls forget silent connections, and a host that vanished says nothing.
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
     }
     return make_dsn(**{**defaults, **given, "options": f"{options} {given.get('options', '')}"})
 

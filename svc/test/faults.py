@@ -81,8 +81,8 @@ def program(name: str, *arguments: str) -> None:
 
 
 def start(folder: Path, **settings: Any) -> None:
-    for lock in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # left by a crash, or copied
-        (folder / lock).unlink(missing_ok=True)
+    for lock in [folder / "postmaster.pid", *folder.glob(".s.PGSQL.*.lock")]:  # left by a crash, or copied
+        lock.unlink(missing_ok=True)
     given = " ".join(f"-c {name}={value}" for name, value in settings.items())
     options = f"-h '' -k {folder} {given}"
     program("pg_ctl", "-w", "-D", str(folder), "-l", str(folder / "log"), "-o", options, "start")
@@ -135,9 +135,9 @@ def running(pid: int) -> bool:
     return False
 
 
-def new_database(folder: Path, migrated: bool = True) -> str:
+def new_database(folder: Path, migrated: bool = True, port: int = 5432) -> str:
     """The URL of a new database, by the role that owns it, as in production: no superuser."""
-    url = make_dsn(host=str(folder), user="service", dbname=f"test_{secrets.token_hex(4)}")
+    url = make_dsn(host=str(folder), port=port, user="service", dbname=f"test_{secrets.token_hex(4)}")
     admin = make_dsn(url, dbname="postgres")
     if not sql(admin, "SELECT 1 FROM pg_roles WHERE rolname = 'service'"):
         sql(admin, "CREATE ROLE service LOGIN")
