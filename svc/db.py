@@ -77,6 +77,10 @@ def _dsn(settings: Settings) -> str:
     defaults = {
         "application_name": "config-service",
         "connect_timeout": settings.db_connect_timeout,
+        # Seconds of TCP: firewalls forget silent connections, and a host that vanished says nothing.
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
     }
     always = {"client_encoding": "UTF8", "options": f"{options} {given.get('options', '')}"}  # names are in any script
     return make_dsn(**{**defaults, **given, **always})

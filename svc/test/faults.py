@@ -1,9 +1,13 @@
 """What the fault tests share: a PostgreSQL to stop, kill and freeze, writers with a ledger, what must hold after."""
 
+import asyncio
+import json
 import os
 import secrets
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -77,8 +81,8 @@ def program(name: str, *arguments: str) -> None:
 
 
 def start(folder: Path, **settings: Any) -> None:
-    for lock in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # left by a crash, or copied
-        (folder / lock).unlink(missing_ok=True)
+    for lock in [folder / "postmaster.pid", *folder.glob(".s.PGSQL.*.lock")]:  # left by a crash, or copied
+        lock.unlink(missing_ok=True)
     given = " ".join(f"-c {name}={value}" for name, value in settings.items())
     options = f"-h '' -k {folder} {given}"
     program("pg_ctl", "-w", "-D", str(folder), "-l", str(folder / "log"), "-o", options, "start")
@@ -131,9 +135,9 @@ def running(pid: int) -> bool:
     return False
 
 
-def new_database(folder: Path, migrated: bool = True) -> str:
+def new_database(folder: Path, migrated: bool = True, port: int = 5432) -> str:
     """The URL of a new database, by the role that owns it, as in production: no superuser."""
-    url = make_dsn(host=str(folder), user="service", dbname=f"test_{secrets.token_hex(4)}")
+    url = make_dsn(host=str(folder), port=port, user="service", dbname=f"test_{secrets.token_hex(4)}")
     admin = make_dsn(url, dbname="postgres")
     if not sql(admin, "SELECT 1 FROM pg_roles WHERE rolname = 'service'"):
         sql(admin, "CREATE ROLE service LOGIN")
@@ -360,3 +364,38 @@ def recovered(served: SimpleNamespace, before: dict[str, int]) -> None:
     except AssertionError:
         raise AssertionError(f"holds {resources(served)}, held {before} before") from None
     until(lambda: len(backends(served.url)) <= CONNECTIONS)
+
+
+# --- Clients ---
+
+
+def request(method: str, path: str, body: object = None) -> bytes:
+    text = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} /api/v1{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(text) + text
+
+
+async def all_at_once(base: str, requests: list[bytes]) -> list[int]:
+    """The statuses of requests that are sent together, each on a connection of its own."""
+    host, port = base.removeprefix("http://").split(":")
+    connections = [await asyncio.open_connection(host, int(port)) for _ in requests]
+    for sent, (_, writer) in zip(requests, connections, strict=True):
+        writer.write(sent)
+    lines = await asyncio.gather(*(reader.readline() for reader, _ in connections))
+    for _, writer in connections:
+        writer.close()
+    await asyncio.gather(*(writer.wait_closed() for _, writer in connections))
+    return [int(line.split()[1]) for line in lines]
+
+
+def connect(base: str, data: bytes) -> socket.socket:
+    host, port = base.removeprefix("http://").split(":")
+    made = socket.create_connection((host, int(port)))
+    made.sendall(data)
+    return made
+
+
+def leave(client: socket.socket, reset: bool) -> None:
+    if reset:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()

@@ -1,11 +1,8 @@
 """Faults that take no more than a second or two each."""
 
 import asyncio
-import json
 import os
 import signal
-import socket
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +15,16 @@ import pytest
 from svc.test.faults import (
     AT_WORK,
     CONNECTIONS,
+    all_at_once,
     backends,
     compare,
+    connect,
     filled,
+    leave,
     locked,
     new_database,
     recovered,
+    request,
     restart,
     running,
     serving,
@@ -123,25 +124,6 @@ def test_500_clients_at_once_are_queued_and_answered(served):
     recovered(served, served.before)
 
 
-def request(method: str, path: str, body: object = None) -> bytes:
-    text = b"" if body is None else json.dumps(body).encode()
-    head = f"{method} /api/v1{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(text) + text
-
-
-async def all_at_once(base: str, requests: list[bytes]) -> list[int]:
-    """The statuses of requests that are sent together, each on a connection of its own."""
-    host, port = base.removeprefix("http://").split(":")
-    connections = [await asyncio.open_connection(host, int(port)) for _ in requests]
-    for sent, (_, writer) in zip(requests, connections, strict=True):
-        writer.write(sent)
-    lines = await asyncio.gather(*(reader.readline() for reader, _ in connections))
-    for _, writer in connections:
-        writer.close()
-    await asyncio.gather(*(writer.wait_closed() for _, writer in connections))
-    return [int(line.split()[1]) for line in lines]
-
-
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_client_that_goes_away_leaves_a_whole_write_or_none(served, reset):
     bodies = {f"n{n}": {"name": f"n{n}", "comments": "x" * 1000} for n in range(80)}
@@ -161,19 +143,6 @@ def test_a_client_that_goes_away_leaves_a_whole_write_or_none(served, reset):
     assert all(row == bodies[name] for name, row in rows.items())
     assert not rows.keys() & {f"n{n}" for n in range(60)}
     assert rows.keys() >= {f"n{n}" for n in range(70, 80)}
-
-
-def connect(base: str, data: bytes) -> socket.socket:
-    host, port = base.removeprefix("http://").split(":")
-    made = socket.create_connection((host, int(port)))
-    made.sendall(data)
-    return made
-
-
-def leave(client: socket.socket, reset: bool) -> None:
-    if reset:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
 
 
 def test_what_was_accepted_before_sigterm_is_answered_and_stored(server):

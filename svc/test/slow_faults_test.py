@@ -21,6 +21,7 @@ from svc.test.faults import (
     AT_WORK,
     CONNECTIONS,
     UNKNOWN,
+    all_at_once,
     answers,
     backends,
     compare,
@@ -35,6 +36,7 @@ from svc.test.faults import (
     new_database,
     promote,
     recovered,
+    request,
     restart,
     resume,
     running,
@@ -47,8 +49,7 @@ from svc.test.faults import (
     writers,
     written,
 )
-from svc.test.faults_test import all_at_once, request
-from svc.test.process import until
+from svc.test.process import free_port, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -346,3 +347,19 @@ def test_a_host_that_is_silent_holds_up_no_other_connection(server):
         with serving(url, db_lock_timeout=3) as served:
             served.url = live
             filled(served)  # all at once: each takes DB_CONNECT_TIMEOUT, and together they would take five of it
+
+
+def test_the_system_probes_idle_connections_before_a_firewall_forgets_them(server):
+    port = free_port()
+    restart(server, listen_addresses="127.0.0.1", port=port)
+    try:
+        url = new_database(server, port=port)
+        with serving(make_dsn(url, host="127.0.0.1")) as served:
+            filled(served)
+            rows = [line.split() for line in Path(f"/proc/{served.process.pid}/net/tcp").read_text().splitlines()[1:]]
+            timers = [row[5].split(":") for row in rows if row[2].endswith(f":{port:04X}") and row[3] == "01"]
+            service_timers = [(kind, int(when, 16) / 100) for kind, when in timers]
+            assert len(service_timers) == CONNECTIONS
+            assert all(kind == "02" and seconds <= 30 for kind, seconds in service_timers)  # 02: keepalive
+    finally:
+        restart(server)

@@ -13,13 +13,17 @@ import pytest
 from psycopg2.extensions import parse_dsn
 
 from svc.test.faults import (
+    all_at_once,
     answers,
     compare,
+    connect,
     filled,
     freeze,
+    leave,
     locked,
     new_database,
     recovered,
+    request,
     restart,
     resume,
     serving,
@@ -30,7 +34,6 @@ from svc.test.faults import (
     writers,
     written,
 )
-from svc.test.faults_test import all_at_once, connect, leave, request
 from svc.test.process import until
 from svc.test.slow_faults_test import crash_and_start, kill_backends
 
