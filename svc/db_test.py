@@ -292,12 +292,12 @@ def test_a_job_that_is_given_up_while_its_connection_is_made_never_runs(url, mon
     made = threading.Event()
     connect = db._connect
 
-    def slowly(dsn: str, *rest: Any) -> Any:
+    def slowly() -> Any:
         made.wait()
-        return connect(dsn, *rest)
+        return connect()
 
     async def work() -> None:
-        monkeypatch.setattr(db._pool, "_kwargs", {"connection_factory": slowly})
+        monkeypatch.setattr(db, "_connect", slowly)
         with pytest.raises(psycopg2.OperationalError, match="in time"):
             await value("INSERT INTO ledger VALUES (9) RETURNING n", within=0.1)
         made.set()
@@ -356,6 +356,7 @@ def test_open_and_close_are_logged(url, caplog):
 def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_once_it_is_there(
     url, caplog, monkeypatch
 ):
+    caplog.set_level(logging.WARNING, "svc")
     port = free_port()
     away = f"postgresql://svc:{SECRET}@127.0.0.1:{port}/config"
 
@@ -365,7 +366,7 @@ def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_on
                 await value("SELECT 1")
             free(2)
         assert len(caplog.records) == 1
-        monkeypatch.setattr(db._pool, "_args", (db._dsn(Settings(database_url=url)),))
+        monkeypatch.setattr(db, "_settings", Settings(database_url=url))
         assert await value("SELECT 1") == 1
 
     run(away, work, db_max_connections=2)
@@ -377,6 +378,8 @@ def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_on
 
 
 def test_a_database_that_is_silent_at_the_start_holds_it_up_for_the_deadline_at_most(caplog):
+    caplog.set_level(logging.WARNING, "svc")
+
     async def silent(port: int) -> None:
         started = monotonic()
         settings = Settings(

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import logging
 from typing import Any
@@ -40,7 +41,7 @@ def handled(error: Exception, given: Request | None = None) -> Response:
     installed = FastAPI()
     errors.install(installed)
     [handler] = [each for kind, each in installed.exception_handlers.items() if kind in type(error).__mro__][-1:]
-    return handler(given or request(), error)
+    return asyncio.run(handler(given or request(), error))
 
 
 def database_error(sql, statement: str) -> psycopg2.Error:

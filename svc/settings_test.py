@@ -30,6 +30,7 @@ BOUNDS = {
     "migration_wait": (0.001, 3600),
     "max_body_bytes": (1024, 64 * 1024**2),
     "body_timeout": (0.001, 3600),
+    "max_waiters": (1, 1_000_000),
     "shutdown_timeout": (1, 300),
 }
 
@@ -77,6 +78,7 @@ def test_without_anything_set_there_are_defaults():
         "migration_wait": 60,
         "max_body_bytes": 1024**2,
         "body_timeout": 10,
+        "max_waiters": 10_000,
         "shutdown_timeout": 10,
     }
 

@@ -54,10 +54,11 @@ CREATE TRIGGER configuration_versions_keep BEFORE UPDATE OR DELETE OR TRUNCATE O
 -- Removes what is older than an age and beyond the newest `keep` of its configuration, never the newest itself.
 -- Returns how many it removed.
 CREATE FUNCTION prune_configuration_versions(older_than interval, keep integer) RETURNS bigint
-LANGUAGE plpgsql SET config_service.pruning = 'on' AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     removed bigint;
 BEGIN
+    PERFORM set_config('config_service.pruning', 'on', true);
     DELETE FROM configuration_versions AS v
     USING (
         SELECT configuration_id, version,
@@ -69,6 +70,7 @@ BEGIN
       AND ranked.place > greatest(keep, 1)
       AND v.recorded_at < now() - older_than;
     GET DIAGNOSTICS removed = ROW_COUNT;
+    PERFORM set_config('config_service.pruning', 'off', true);
     RETURN removed;
 END
 $$;
