@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import tempfile
 import threading
 import time
@@ -49,8 +48,8 @@ def folders() -> Iterator[Path]:
             yield parent
         finally:
             for folder in parent.iterdir():
-                with suppress(subprocess.SubprocessError):
-                    resume(folder)
+                resume(folder)
+                if any(map(running, processes(folder))):
                     stop(folder, "immediate")
 
 
