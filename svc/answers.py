@@ -52,8 +52,9 @@ def refused(loc: tuple[str, ...], msg: str, type: str) -> RequestValidationError
     return RequestValidationError([{"loc": loc, "msg": msg, "type": type}])
 
 
-def admitted(if_match: list[str] | None, id: str) -> list[str] | None:
-    return etags.versions(None if if_match is None else ", ".join(if_match), id)
+def admitted(request: Request, id: str) -> list[str] | None:
+    """The versions that If-Match lets a write change; None is every one."""
+    return etags.versions(etags.header(request.scope, b"if-match"), id)
 
 
 async def current[K: watch.Key](request: Request, key: K, read: Callable[[K], Awaitable[Row | None]]) -> Row | None:

@@ -84,7 +84,7 @@ async def list_applications(after: str | None, limit: int | None, name: str | No
     )
 
 
-async def update_application(id: str, changes: ApplicationUpdate, versions: list[str] | None) -> Row | None:
+async def update_application(id: str, changes: ApplicationUpdate, versions: list[str] | None = None) -> Row | None:
     return await _write(
         "update_application",
         f"""
@@ -99,7 +99,7 @@ async def update_application(id: str, changes: ApplicationUpdate, versions: list
     )
 
 
-async def delete_application(id: str, cascade: bool, versions: list[str] | None) -> Row | None:
+async def delete_application(id: str, cascade: bool, versions: list[str] | None = None) -> Row | None:
     """One that has configurations is left alone unless they may go too; `json` then is their number."""
     return await _write(
         "delete_application",
@@ -166,7 +166,7 @@ async def list_configurations(
     )
 
 
-async def update_configuration(id: str, changes: ConfigurationUpdate, versions: list[str] | None) -> Row | None:
+async def update_configuration(id: str, changes: ConfigurationUpdate, versions: list[str] | None = None) -> Row | None:
     return await _write(
         "update_configuration",
         f"""
@@ -182,7 +182,7 @@ async def update_configuration(id: str, changes: ConfigurationUpdate, versions: 
     )
 
 
-async def delete_configuration(id: str, versions: list[str] | None) -> Row | None:
+async def delete_configuration(id: str, versions: list[str] | None = None) -> Row | None:
     return await _write(
         "delete_configuration",
         f"""
@@ -275,7 +275,7 @@ async def read_version(id: str, version: int) -> Row | None:
     return rows[0] if rows else None
 
 
-async def restore_version(id: str, version: int, versions: list[str] | None) -> Row | None:
+async def restore_version(id: str, version: int, versions: list[str] | None = None) -> Row | None:
     """The configuration with name, comments and config of one of its versions. None, too, without that version."""
     return await _write(
         "restore_version",
@@ -324,22 +324,25 @@ def _changes(changes: BaseModel) -> dict[str, Any]:
 
 
 async def _write(name: str, statement: str, otherwise: str, params: dict[str, Any]) -> Row | None:
-    """What became of a conditional write: the row that it wrote, one that it left alone (`written` is false), or None.
+    """What became of a write: the row that it wrote, one that it left alone (`written` is false), or None without any.
 
-    `otherwise` selects the row that was left alone, as it is after the write gave up on it: hence the lock, which
-    waits for other writers and shows what they left. It is not run after a write.
+    `otherwise` selects the row that was left alone, as it is when the write has given up on it: hence the lock, which
+    waits for other writers and shows what they left. It costs time, so it is left out where nothing can be left alone.
     """
-    rows = await db.fetch(
-        name,
-        f"""
-        WITH written AS ({statement}),
-        kept AS ({otherwise} AND NOT EXISTS (SELECT FROM written) FOR UPDATE)
-        SELECT *, true AS written FROM written
-        UNION ALL
-        SELECT *, false AS written FROM kept
-        """,
-        params,
-    )
+    if params["versions"] is None and params.get("cascade", True):
+        rows = await db.fetch(name, statement + ", true AS written", params)
+    else:
+        rows = await db.fetch(
+            name,
+            f"""
+            WITH written AS ({statement}, true AS written),
+            kept AS ({otherwise} AND NOT EXISTS (SELECT FROM written) FOR UPDATE)
+            SELECT * FROM written
+            UNION ALL
+            SELECT *, false AS written FROM kept
+            """,
+            params,
+        )
     return rows[0] if rows else None
 
 
