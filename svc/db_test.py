@@ -356,7 +356,7 @@ def test_open_and_close_are_logged(url, caplog):
 def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_once_it_is_there(
     url, caplog, monkeypatch
 ):
-    caplog.set_level(logging.WARNING, "svc")
+    caplog.set_level(logging.WARNING, "svc.db")
     port = free_port()
     away = f"postgresql://svc:{SECRET}@127.0.0.1:{port}/config"
 
@@ -378,7 +378,7 @@ def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_on
 
 
 def test_a_database_that_is_silent_at_the_start_holds_it_up_for_the_deadline_at_most(caplog):
-    caplog.set_level(logging.WARNING, "svc")
+    caplog.set_level(logging.WARNING, "svc.db")
 
     async def silent(port: int) -> None:
         started = monotonic()

@@ -80,7 +80,7 @@ def test_dev_serves_on_a_postgresql_of_its_own_that_ctrl_c_stops_and_the_next_ru
         assert version.endswith(f" in {folder}")
         assert places == [f"API        {base}/api/v1", f"Docs       {base}/docs"]
         assert "Traceback" not in out + err
-        assert ("applied 0001_" in out) is (run == "first")
+        assert ("0001_applications_and_configurations.sql in " in out) is (run == "first")
 
 
 def test_dev_on_a_database_of_the_developers_makes_none_of_its_own(tree, new_database):
