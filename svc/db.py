@@ -217,29 +217,26 @@ def coalesced[K: Hashable](
     flying: asyncio.Task[None] | None = None
 
     async def fly() -> None:
-        nonlocal flying
-        try:
-            while waiting:
-                keys = list(islice(waiting, BATCH))
-                since = waiting[keys[0]][0]
-                batch = {key: waiting.pop(key)[1] for key in keys}
-                try:
-                    rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
-                    settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
-                except Exception as error:
-                    settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
-                for future, set_outcome, outcome in settle:
-                    if not future.done():  # its reader may have gone away
-                        set_outcome(outcome)
-        finally:
-            flying = None
+        while waiting:
+            keys = list(islice(waiting, BATCH))
+            since = waiting[keys[0]][0]
+            batch = {key: waiting.pop(key)[1] for key in keys}
+            try:
+                rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
+                settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
+            except Exception as error:
+                settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
+            for future, set_outcome, outcome in settle:
+                if not future.done():  # its reader may have gone away
+                    set_outcome(outcome)
 
     def read(key: K) -> asyncio.Future[Row | None]:
         nonlocal flying
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         waiting.setdefault(key, (monotonic(), []))[1].append(future)
-        if flying is None:
-            flying = asyncio.create_task(fly())
+        if flying is None or flying.done():
+            flying = loop.create_task(fly())
         return future
 
     return read

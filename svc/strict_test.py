@@ -696,3 +696,17 @@ def test_no_random_request_is_answered_with_5xx_or_stores_what_it_did_not_say(ba
     assert {200, 400, 404, 405} <= statuses, f"seed {seed}"
     assert sql("SELECT count(*) FROM configurations") == before
     assert httpx.get(f"{base_url}/health").json()["pool"]["busy"] == 0
+
+
+def test_the_service_takes_more_connections_than_the_usual_soft_limit_of_descriptors(url, descriptors):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    with ExitStack() as open_wires:
+        try:
+            _, base = open_wires.enter_context(service(url))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(500):
+            open_wires.enter_context(closing(Wire(base))).send(b"GET")
+        with closing(Wire(base)) as wire:
+            serves_on(wire)
