@@ -55,6 +55,7 @@ def alive(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_dev_serves_on_a_postgresql_of_its_own_that_ctrl_c_stops_and_the_next_run_finds_again(tree):
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -83,6 +84,7 @@ def test_dev_serves_on_a_postgresql_of_its_own_that_ctrl_c_stops_and_the_next_ru
         assert ("0001_applications_and_configurations.sql in " in out) is (run == "first")
 
 
+@pytest.mark.slow
 def test_dev_on_a_database_of_the_developers_makes_none_of_its_own(tree, new_database):
     port = free_port()
     with new_database(migrated=False) as url:

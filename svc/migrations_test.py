@@ -96,7 +96,7 @@ def numbered(first, last):
 def process(url, folder, *arguments, **values):
     """A runner as a process of its own. It is killed if it still runs after the block."""
     # Not measured, which would make its start twice as long.
-    env = {k: v for k, v in environment(database_url=url, **values).items() if not k.startswith("COV_CORE")}
+    env = environment(database_url=url, **values)
     runner = subprocess.Popen(
         [sys.executable, "-m", "svc.migrations", *arguments, "--folder", str(folder)],
         env=env,
@@ -630,6 +630,7 @@ def test_a_down_file_that_breaks_half_way_is_told(run, database, tmp_path):
 # --- One runner at a time ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["nothing else", "a transaction that creates the same table"])
 def test_of_twenty_runners_at_once_each_ends_well_and_each_file_is_applied_once(database, tmp_path, other):
     write(tmp_path, {"0001_slow.sql": "CREATE TABLE slow (n int); SELECT pg_sleep(0.5); INSERT INTO slow VALUES (1);"})
@@ -930,6 +931,7 @@ def test_health_names_what_is_pending_or_ahead(tmp_path):
     assert migrations.health([], tmp_path / "missing") is None
 
 
+@pytest.mark.slow
 def test_the_service_is_not_ready_while_migrations_are_pending_or_the_database_is_ahead(database, setting):
     with service(database) as (_, base):
         pending = httpx.get(f"{base}/health")

@@ -267,6 +267,7 @@ def test_what_a_put_of_an_application_shows_is_one_state_while_configurations_ar
         assert body["configuration_ids"] == sorted(body["configuration_ids"])
 
 
+@pytest.mark.slow
 def test_a_thousand_applications_of_ten_configurations_are_listed_once_each(new_database):
     with new_database() as url:
         run_sql(

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import random
 import re
@@ -17,6 +18,7 @@ import psycopg2
 import pytest
 import uvicorn
 
+from svc import strict
 from svc.models import Problem, ValidationProblem
 from svc.test.process import service, until
 
@@ -515,6 +517,7 @@ def memory(process: Any, what: str) -> int:
     return int(kilobytes) * 1024
 
 
+@pytest.mark.slow
 def test_bodies_too_large_take_less_than_three_times_the_limit_each(url):
     limit, count = 4 * 1024**2, 6
     with service(url, max_body_bytes=limit) as (process, base), ExitStack() as open_wires:
@@ -698,6 +701,7 @@ def test_no_random_request_is_answered_with_5xx_or_stores_what_it_did_not_say(ba
     assert httpx.get(f"{base_url}/health").json()["pool"]["busy"] == 0
 
 
+@pytest.mark.slow
 def test_the_service_takes_more_connections_than_the_usual_soft_limit_of_descriptors(url, descriptors):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
@@ -710,3 +714,23 @@ def test_the_service_takes_more_connections_than_the_usual_soft_limit_of_descrip
             open_wires.enter_context(closing(Wire(base))).send(b"GET")
         with closing(Wire(base)) as wire:
             serves_on(wire)
+
+
+def test_a_request_that_is_cut_off_at_shutdown_is_503():
+    async def cut_off(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(strict.ended(cut_off)({"type": "http"}, asyncio.Future, send))
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+
+    async def end() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await strict.ended(cut_off)({"type": "lifespan"}, asyncio.Future, send)
+
+    asyncio.run(end())

@@ -180,6 +180,7 @@ def created(base: str, name: str = "watched") -> tuple[str, dict[str, str]]:
     return base + response.headers["location"], {"If-None-Match": response.headers["etag"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_at_shutdown_those_who_wait_get_their_304_at_once(new_database, threads, number):
     with new_database() as url, service(url) as (process, base):
@@ -193,6 +194,7 @@ def test_at_shutdown_those_who_wait_get_their_304_at_once(new_database, threads,
         assert time.monotonic() - started < 3
 
 
+@pytest.mark.slow
 def test_waiters_are_bounded_and_hold_neither_thread_nor_connection(new_database, threads):
     with new_database() as url, service(url, max_waiters=8, db_max_connections=2) as (_, base):
         path, headers = created(base)
@@ -208,6 +210,7 @@ def test_waiters_are_bounded_and_hold_neither_thread_nor_connection(new_database
         assert [each.result(20).json()["config"] for each in waiting] == [{"a": 1}] * 8
 
 
+@pytest.mark.slow
 def test_those_who_wait_hear_of_changes_by_another_process_and_keep_waiting_while_the_database_is_away(
     new_database, postgres, threads
 ):
@@ -233,6 +236,7 @@ def test_those_who_wait_hear_of_changes_by_another_process_and_keep_waiting_whil
         assert seconds < 1.5
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_the_database_while_nobody_waits_and_one_statement_a_second_while_somebody_does(
     new_database, threads, tmp_path
 ):

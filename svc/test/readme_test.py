@@ -53,6 +53,7 @@ def create(base: str) -> str:
     return httpx.post(f"{base}/api/v1/configurations", json=body).headers["location"]
 
 
+@pytest.mark.slow
 def test_the_example_client_survives_a_restart_of_the_service_and_of_postgresql_and_a_start_without_either(
     heard, tmp_path
 ):
