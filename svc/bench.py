@@ -5,6 +5,7 @@ the machine does meets them alike, and each figure is the median of its rounds. 
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 CONNECTIONS = (1, 16, 64)
 CONFIGURATIONS = 10  # of each application
 SETTINGS = {f"setting_{number}": f"the value of setting {number}" for number in range(1, 20)}
+WATCHERS = 200  # four of a configuration
 CHANGED = 1000  # configurations that have ten versions when they are restored
 TOKEN = "987654321"
 
@@ -290,7 +292,35 @@ def measure_process(bench: SimpleNamespace) -> dict[str, float]:
             "ms to their first byte": first_byte * 1000,
             "ms to their last byte": took * 1000,
             "MB more resident at the peak": peak - fresh,
+            **asyncio.run(measure_watchers(server.base)),
         }
+
+
+async def measure_watchers(base: str) -> dict[str, float]:
+    """How long after the answer to a change those who wait for it, among many, have heard of it."""
+    async with httpx.AsyncClient(base_url=f"{base}/api/v1/configurations", timeout=60) as client:
+        tags, readers, writers = {}, {}, []
+        for watcher in range(WATCHERS):
+            id = f"{CONFIGURATION}{FIRST + watcher // 4}"
+            tags[id] = tags.get(id) or (await client.get(f"/{id}")).headers["ETag"]
+            reader, writer = await asyncio.open_connection(*base.removeprefix("http://").split(":"))
+            path = f"/api/v1/configurations/{id}?wait=60"
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: bench\r\nIf-None-Match: {tags[id]}\r\n\r\n".encode())
+            readers.setdefault(id, []).append(reader)
+            writers.append(writer)
+        while (await client.get(f"{base}/health")).json()["waiters"] < WATCHERS:
+            await asyncio.sleep(0.01)
+        heard = []
+        for id in tags:
+            await client.put(f"/{id}", json={"config": {"changed": time.time()}})
+            begun = time.monotonic()
+            for reader in readers[id]:
+                await reader.readuntil(b"\r\n\r\n")
+                heard.append((time.monotonic() - begun) * 1000)
+        for writer in writers:
+            writer.close()
+    took = quantiles(heard, n=100)
+    return {f"ms until {WATCHERS} watchers hear, p50": took[49], f"ms until {WATCHERS} watchers hear, p99": took[98]}
 
 
 def memory(pid: int, field: str) -> float:
