@@ -185,4 +185,4 @@ def test_a_whole_run(fake_wrk, capsys, monkeypatch):
     assert min(report["process"].values()) > 0
     lines = bench.table(report).splitlines()
     assert len([line for line in lines if "bare  " in line]) == 2  # the head and one row
-    assert lines[-1].startswith("MB more resident at the peak")
+    assert lines[-1].startswith("ms until")

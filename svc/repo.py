@@ -21,13 +21,13 @@ Listed = tuple[Any, AsyncIterator[str]]
 
 
 def _json(alias: str, columns: str, **others: str) -> str:
-    """Columns of a table and named expressions as one JSON text, for 40 µs less than row_to_json of a subquery."""
-    members = {name: f"{alias}.{name}" for name in columns.split()} | others
+    """Columns of a table, or others by the same names, as one JSON text: row_to_json of a subquery takes 40 µs more."""
+    members = {name: others.get(name, f"{alias}.{name}") for name in columns.split()}
     return f"json_build_object({', '.join(f"'{name}', {value}" for name, value in members.items())})::text AS json"
 
 
 def _application(configuration_ids: str) -> str:
-    columns = "id name comments version created_at updated_at"
+    columns = "id name comments configuration_ids version created_at updated_at"
     return f"a.id, a.version, {_json('a', columns, configuration_ids=configuration_ids)}"
 
 
