@@ -101,6 +101,29 @@ def test_reads_at_once_each_get_their_own_row(run, name):
     run(work())
 
 
+def test_a_read_by_name_looks_at_one_row_of_an_application_with_many(new_database):
+    named = f"EXPLAIN (COSTS OFF) SELECT c.json {repo._named(repo.CONFIGURATION)}"
+    with new_database() as url:
+        run_sql(
+            url,
+            """
+            INSERT INTO applications (id, name)
+            SELECT '01ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'), 'name ' || n FROM generate_series(0, 99) AS n;
+            INSERT INTO configurations (id, application_id, name, config)
+            SELECT '02ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'),
+                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'), 'name ' || n, '{}'
+            FROM generate_series(0, 999) AS n;
+            ANALYZE
+            """,
+        )
+        for keys in (1, 32):
+            names = [f"name {number}" for number in range(keys)]
+            plan = run_sql(url, named.replace("%(application_names)s", "%s").replace("%(names)s", "%s"), names, names)
+            text = "\n".join(line["QUERY PLAN"] for line in plan)
+            assert "Index Cond: ((application_id = applications.id) AND ((name)::text = key.name))" in text
+            assert "Filter" not in text
+
+
 def test_the_state_tells_the_migrations_and_whether_it_takes_writes(run):
     state = run(repo.read_state())
     assert state["read_only"] is False
