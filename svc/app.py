@@ -277,8 +277,8 @@ app = FastAPI(
 )
 app.router.route_class = StrictRoute
 app.include_router(api)
-# Routes are matched in their order: first those that are read most.
-HOT = (read_configuration, read_configuration_by_name, read_application)
+# Routes are matched in their order: first those that are asked most.
+HOT = (read_configuration, read_configuration_by_name, read_application, update_configuration)
 app.router.routes.sort(key=lambda route: HOT.index(route.endpoint) if route.endpoint in HOT else len(HOT))
 app.add_middleware(guarded)
 app.add_middleware(ended)

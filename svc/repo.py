@@ -20,15 +20,9 @@ CONFIGURATIONS_PAGE = 16
 Listed = tuple[Any, AsyncIterator[str]]
 
 
-def _application(configuration_ids: str) -> str:
-    # row_to_json of a subquery, which the ids would need, takes 40 µs more.
-    return f"""
-        a.id, a.version,
-        json_build_object(
-            'id', a.id, 'name', a.name, 'comments', a.comments, 'configuration_ids', {configuration_ids},
-            'version', a.version, 'created_at', a.created_at, 'updated_at', a.updated_at
-        )::text AS json
-    """
+def _application(ids: str) -> str:
+    members = f"a.id, a.name, a.comments, {ids} AS configuration_ids, a.version, a.created_at, a.updated_at"
+    return f"a.id, a.version, (SELECT row_to_json(shown) FROM (SELECT {members}) AS shown)::text AS json"
 
 
 APPLICATION = _application("ARRAY(SELECT c.id FROM configurations AS c WHERE c.application_id = a.id ORDER BY c.id)")
