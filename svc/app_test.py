@@ -1,5 +1,8 @@
 import json
 import secrets
+import signal
+import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,10 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from svc import app as service
 from svc.models import Application, Configuration, ConfigurationVersion, PreconditionProblem, Problem, ValidationProblem
+from svc.settings import Settings
+from svc.test.process import free_port
 
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SCRIPTS = ["عربي ‏مع علامات", "中文配置", "👩‍👩‍👧‍👦 family", " spaced  and trailing ", "ﬀ Ω Å Å", "a/b?c#d%41\n\t"]
@@ -288,7 +294,7 @@ def test_health_shows_the_pool_and_the_schema(base_url, sql):
     response = httpx.get(f"{base_url}/health")
     assert response.status_code == 200
     shown = response.json()
-    assert (shown["status"], shown["pool"]["limit"], shown["pool"]["queued"]) == ("ok", 20, 0)
+    assert (shown["status"], shown["pool"]["limit"], shown["pool"]["queued"]) == ("ok", 8, 0)
     assert shown["schema_version"] == sql("SELECT max(version) FROM migrations")[0]["max"]
     assert httpx.get(f"{base_url}/health/live").json() == {"status": "ok"}
 
@@ -584,3 +590,48 @@ def test_configurations_are_filtered_and_walked(client, application):
 )
 def test_a_bad_query_for_configurations_is_400(client, query):
     problem(client.get(f"/configurations?{query}"), 400)
+
+
+# --- The process ---
+
+
+@pytest.fixture
+def served(monkeypatch) -> Iterator[dict[str, Any]]:
+    """What `main` gives to uvicorn, which does not run."""
+    found: dict[str, Any] = {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(service.uvicorn, "run", lambda target, **options: found.update(options, target=target))
+    yield found
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_main_serves_as_the_settings_say(served, monkeypatch):
+    config = Settings(database_url="postgresql:///x", port=free_port(), workers=3, shutdown_timeout=7, debug=True)
+    monkeypatch.setattr(service.settings, "load", lambda: config)
+    service.main()
+    assert served == {
+        "target": "svc.app:app",
+        "host": "127.0.0.1",
+        "port": config.port,
+        "workers": 3,
+        "log_level": "debug",
+        "timeout_graceful_shutdown": 7,
+        "ws": "none",
+    }
+    with pytest.raises(SystemExit) as ended:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 0
+
+
+def test_main_says_in_one_line_what_keeps_it_from_serving(served, monkeypatch):
+    monkeypatch.setattr(service.settings, "load", lambda: Settings(database_url=None))
+    with pytest.raises(SystemExit, match=r"^DATABASE_URL is not set: .*$"):
+        service.main()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = Settings(database_url="postgresql:///x", port=port)
+        monkeypatch.setattr(service.settings, "load", lambda: config)
+        with pytest.raises(SystemExit, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use; "):
+            service.main()
+    assert served == {}

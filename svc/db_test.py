@@ -350,7 +350,7 @@ def test_open_and_close_are_logged(url, caplog):
         pass
 
     run(url, work)
-    assert caplog.messages == ["pool open: at most 20 connections", "pool closed"]
+    assert caplog.messages == ["pool open: at most 8 connections", "pool closed"]
 
 
 def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_once_it_is_there(

@@ -67,7 +67,7 @@ def test_without_anything_set_there_are_defaults():
         "port": 8000,
         "workers": 1,
         "db_min_connections": 1,
-        "db_max_connections": 20,
+        "db_max_connections": 8,
         "db_queue_limit": 1000,
         "db_connect_timeout": 2,
         "db_lock_timeout": 2,
@@ -165,7 +165,7 @@ def test_settings_that_contradict_each_other_stop_the_process_with_a_line_that_n
 def test_equal_settings_do_not_contradict_each_other(monkeypatch):
     for name in ("DB_LOCK_TIMEOUT", "DB_STATEMENT_TIMEOUT", "DB_DEADLINE"):
         monkeypatch.setenv(name, "3")
-    monkeypatch.setenv("DB_MIN_CONNECTIONS", "20")
+    monkeypatch.setenv("DB_MIN_CONNECTIONS", "8")
     assert settings.load().db_min_connections == settings.load().db_max_connections
 
 
