@@ -135,11 +135,17 @@ def test_a_client_that_went_away_is_forgotten(base_url, configuration, path):
     until(lambda: waiters(base_url) == 0, 3)
 
 
-def test_a_change_between_read_and_wait_is_heard_at_once():
-    """The change commits, and is looked for, when the reader has read and does not wait yet."""
+@pytest.fixture
+def watch_here() -> Any:
+    """The module once more, apart from the one that the session's service uses."""
     spec = importlib.util.spec_from_file_location("watch_of_this_test", watch.__file__)
-    watch_here = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(watch_here)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_a_change_between_read_and_wait_is_heard_at_once(watch_here):
+    """The change commits, and is looked for, when the reader has read and does not wait yet."""
     stored = {"id": "X", "version": 1}
 
     async def scenario() -> tuple[str | None, float]:
@@ -167,6 +173,58 @@ def test_a_change_between_read_and_wait_is_heard_at_once():
         seen, seconds = thread.submit(asyncio.run, scenario()).result()
     assert seen == '"X.2"'
     assert seconds < 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_waiting_and_goes_to_its_handler_too(watch_here, number):
+    handled = []
+
+    def handler(number: int, _: object) -> None:
+        handled.append(number)
+
+    async def read(id: str) -> dict[str, Any]:
+        return {"id": id, "version": 1}
+
+    async def scenario() -> None:
+        async with watch_here.opened():
+            waiting = asyncio.create_task(watch_here.until_changed("X", read, '"X.1"', 30, asyncio.Future))
+            while not watch_here.count():
+                await asyncio.sleep(0)
+            signal.raise_signal(number)
+            async with asyncio.timeout(5):
+                assert etag(await waiting) == '"X.1"'
+
+    before = signal.signal(number, handler)
+    try:
+        asyncio.run(scenario())
+        assert handled == [number]
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_looks_that_fail_are_logged_once_and_the_waiting_goes_on(watch_here, caplog):
+    versions, looks = [1], []
+    watch_here.LOOK_EVERY = 0.01
+
+    async def read(id: str) -> dict[str, Any]:
+        return {"id": id, "version": versions[-1]}
+
+    async def look(keys: list[str]) -> dict[str, str | None]:
+        looks.append(keys)
+        if len(looks) < 4:
+            raise psycopg2.OperationalError("server closed the connection\n")
+        versions.append(2)
+        return {key: etag(await read(key)) for key in keys}
+
+    async def scenario() -> None:
+        watch_here.repo = SimpleNamespace(read_etags=look)
+        async with watch_here.opened(), asyncio.timeout(5):
+            assert etag(await watch_here.until_changed("X", read, '"X.1"', 30, asyncio.Future)) == '"X.2"'
+
+    asyncio.run(scenario())
+    assert looks[:4] == [["X"]] * 4
+    assert caplog.messages == ["changes cannot be seen: server closed the connection"]
 
 
 # --- With a process of its own ---
