@@ -26,7 +26,6 @@ class AnyText(PathConvertor):
 
 
 register_url_convertor("text", AnyText())
-# --- From request to key, and from row to answer ---
 
 
 def path_id(request: Request) -> str:
@@ -59,9 +58,9 @@ def admitted(request: Request, id: str) -> list[str] | None:
 
 async def current[K: watch.Key](request: Request, key: K, read: Callable[[K], Awaitable[Row | None]]) -> Row | None:
     """The row, or with ?wait= the row once it is another than If-None-Match names."""
-    if not request.scope["query_string"]:
+    wait = request.query_params.get("wait") if request.scope["query_string"] else None
+    if wait is None:
         return await read(key)
-    wait = request.query_params["wait"]
     if not is_number(wait) or float(wait) > 60:
         raise refused(("query", "wait"), "Input should be a number of seconds, 60 at most", "wait")
     if_none_match = etags.header(request.scope, b"if-none-match")
@@ -95,7 +94,7 @@ def written(row: Row | None, kind: str) -> Response:
     headers = {"ETag": etags.etag(row), "Cache-Control": "no-cache"}
     if not row["written"]:
         detail = f"If-Match does not name version {row['version']}, which is stored: read it, and decide again."
-        return problem(412, detail, {"ETag": etags.etag(row)}, version=row["version"])
+        return problem(412, detail, headers, version=row["version"])
     watch.changed()
     return Response(row["json"], 200, headers, media_type="application/json")
 

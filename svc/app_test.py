@@ -355,6 +355,7 @@ def test_put_with_if_match_writes_only_what_it_names(client, sql, resource):
         response = client.put(resource["path"], json={"comments": "x"}, headers={"If-Match": value})
         shown = problem(response, 412, PreconditionProblem)
         assert shown["version"] == resource["state"]["version"]
+        assert response.headers["cache-control"] == "no-cache"
         assert response.headers["etag"] == tag(resource)
         assert client.get(resource["path"]).json() == resource["state"]
     version = resource["state"]["version"]
