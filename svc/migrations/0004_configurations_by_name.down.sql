@@ -1,0 +1,2 @@
+-- no-transaction
+DROP INDEX CONCURRENTLY configurations_name_idx;
