@@ -30,10 +30,11 @@ Row = dict[str, Any]
 BATCH = 64
 
 _settings: Settings
+_url: str
 _pool: ThreadedConnectionPool
 _executor: ThreadPoolExecutor
-_queued = 0
-_ending = Lock()
+_pending = 0  # statements at work or waiting
+_ending = Lock()  # held while a job takes or leaves its connection: none is shut down under another's statement
 
 
 @asynccontextmanager
@@ -42,8 +43,8 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
 
     A database that is away does not stop the start: one line in the log says so, and each statement tries again.
     """
-    global _settings, _pool, _executor
-    _settings = settings
+    global _settings, _url, _pool, _executor
+    _settings, _url = settings, _dsn(settings)
     _pool = ThreadedConnectionPool(0, settings.db_max_connections)
     _pool.minconn = settings.db_max_connections  # how many the pool keeps when they come back
     _executor = ThreadPoolExecutor(settings.db_max_connections, thread_name_prefix="db")
@@ -87,7 +88,7 @@ def _dsn(settings: Settings) -> str:
 
 
 def _connect() -> connection:
-    made = psycopg2.connect(_dsn(_settings), cursor_factory=RealDictCursor)
+    made = psycopg2.connect(_url, cursor_factory=RealDictCursor)
     made.autocommit = True
     return made
 
@@ -103,7 +104,7 @@ def use() -> dict[str, int]:
         "busy": len(_pool._used),
         "idle": len(_pool._pool),
         "limit": _settings.db_max_connections,
-        "queued": _queued,
+        "queued": max(_pending - len(_pool._used), 0),
     }
 
 
@@ -121,11 +122,11 @@ async def fetch(name: str, statement: str, params: Mapping[str, Any], within: fl
     Raises psycopg2.OperationalError at once if the queue is full, and after `within` seconds (DB_DEADLINE unless told
     otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is closed.
     """
-    global _queued
-    if _queued >= _settings.db_queue_limit:
+    global _pending
+    if _pending >= _settings.db_queue_limit:
         raise psycopg2.OperationalError("the queue for the database is full")
     job = SimpleNamespace(name=name, statement=statement, params=params, connection=None, abandoned=False)
-    _queued += 1
+    _pending += 1
     try:
         async with asyncio.timeout(_settings.db_deadline if within is None else within):
             try:
@@ -133,9 +134,11 @@ async def fetch(name: str, statement: str, params: Mapping[str, Any], within: fl
             except (errors.DeadlockDetected, errors.SerializationFailure):
                 return await _submit(job)  # undone as a whole, so it may run again
     except TimeoutError:
+        if job.connection is not None:
+            renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
         raise psycopg2.OperationalError("the database did not answer in time") from None
     finally:
-        _queued -= 1
+        _pending -= 1
         _abandon(job)
 
 
@@ -194,8 +197,11 @@ def _lend() -> connection:
             lent = _pool._getconn() if _pool._pool else None
         if lent is None:
             # getconn() would hold the pool's lock while it connects: one silent host would hold up every thread.
-            _pool._pool.append(_connect())
-        elif _readable(lent):
+            made = _connect()
+            with _pool._lock:  # so that no other thread takes it
+                _pool._pool.append(made)
+                return _pool._getconn()
+        if _readable(lent):
             _pool.putconn(lent, close=True)
         else:
             return lent
@@ -208,14 +214,13 @@ def _readable(idle: connection) -> bool:
 
 
 def _abandon(job: SimpleNamespace) -> None:
-    """Keep a job from beginning, and wake its thread if it waits for a server that is silent."""
+    """Keep a job from beginning, and wake its thread if it waits for the server."""
     with _ending:
         job.abandoned = True
         if job.connection is None:
             return
         with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
             wire.shutdown(socket.SHUT_RDWR)
-    renew()  # the idle ones lead to the same server, and each would cost somebody the whole deadline
 
 
 def coalesced[K: Hashable](

@@ -3,6 +3,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
@@ -41,7 +42,7 @@ def run(url: str, work: Callable[[], Awaitable[Any]], **settings: Any) -> Any:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch):
     """The pool of the session's service is put back afterwards, should it run."""
-    for name in ("_settings", "_pool", "_executor"):
+    for name in ("_settings", "_url", "_pool", "_executor"):
         monkeypatch.setattr(db, name, getattr(db, name, None), raising=False)
 
 
@@ -140,7 +141,7 @@ def test_work_queues_for_a_connection_and_never_finds_the_pool_exhausted(url):
 def test_beyond_the_queue_limit_it_fails_at_once(url):
     async def work() -> None:
         slow = [asyncio.create_task(value("SELECT pg_sleep(0.3)::text")) for _ in range(4)]
-        await until(lambda: db.use()["queued"] == 4)
+        await until(lambda: (db.use()["busy"], db.use()["queued"]) == (2, 2))
         started = monotonic()
         with pytest.raises(psycopg2.OperationalError, match="the queue for the database is full"):
             await value("INSERT INTO ledger VALUES (7) RETURNING n")
@@ -307,6 +308,31 @@ def test_a_job_that_is_given_up_while_its_connection_is_made_never_runs(url, mon
     run(url, work, db_min_connections=0, db_max_connections=1)
 
 
+def test_a_connection_goes_to_the_thread_that_made_it(url, monkeypatch):
+    """Where each takes seconds, as to a silent host, a thread that lost its own would run out of time."""
+    made, makers, connect = threading.Event(), [], db._connect
+
+    class Idle(list):
+        def append(self, connection: Any) -> None:
+            super().append(connection)
+            made.set()
+            time.sleep(0.1)  # in which another thread could take it
+
+    def connect_by_name() -> Any:
+        makers.append(threading.current_thread().name)
+        return connect()
+
+    async def work() -> None:
+        monkeypatch.setattr(db, "_connect", connect_by_name)
+        db._pool._pool = Idle()
+        first = asyncio.create_task(value("SELECT pg_sleep(0.3)::text"))
+        await until(made.is_set)
+        await asyncio.gather(first, value("SELECT pg_sleep(0.3)::text"))
+        assert makers == ["db_0", "db_1"]
+
+    run(url, work, db_min_connections=0, db_max_connections=2)
+
+
 def test_a_caller_who_goes_away_takes_his_statement_with_him(url):
     async def work() -> None:
         gone = asyncio.create_task(value("SELECT pg_sleep(2)::text"))
@@ -319,6 +345,23 @@ def test_a_caller_who_goes_away_takes_his_statement_with_him(url):
         assert await value("SELECT 1") == 1
 
     run(url, work, db_max_connections=1)
+
+
+def test_a_caller_who_goes_away_leaves_the_connections_of_others_alone(url):
+    async def pids() -> set[int]:
+        return set(await asyncio.gather(*(value("SELECT pg_backend_pid() FROM pg_sleep(0.1)") for _ in range(3))))
+
+    async def work() -> None:
+        before = await pids()
+        assert len(before) == 3
+        gone = asyncio.create_task(value("SELECT pg_sleep(2)::text"))
+        await until(lambda: db.use()["busy"] == 1)
+        gone.cancel()
+        await until(lambda: db.use()["busy"] == 0)
+        assert db.use()["idle"] == 2
+        assert len(await pids() & before) == 2
+
+    run(url, work, db_max_connections=3)
 
 
 # --- What is logged ---
@@ -366,7 +409,7 @@ def test_a_database_that_is_away_at_the_start_is_one_line_in_the_log_and_used_on
                 await value("SELECT 1")
             free(2)
         assert len(caplog.records) == 1
-        monkeypatch.setattr(db, "_settings", Settings(database_url=url))
+        monkeypatch.setattr(db, "_url", url)
         assert await value("SELECT 1") == 1
 
     run(away, work, db_max_connections=2)
