@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from svc import db, errors, migrations, models, repo, settings, watch
@@ -62,7 +61,7 @@ ETAG = header("ETag", "The id and the version, strong")
 LOCATION = header("Location", "Where it can be read")
 LINK = header("Link", 'rel="next", while there is more')
 WRITTEN = {200: {"headers": ETAG}}
-NOT_MODIFIED = {304: {"description": "Not Modified: If-None-Match names what is stored.", "headers": ETAG}}
+SHOWN = WRITTEN | {304: {"description": "Not Modified: If-None-Match names what is stored.", "headers": ETAG}}
 
 # The routes take these from the request itself: FastAPI's own way costs 15 to 35 µs for each.
 PATH_ID = parameter("id", "path", "A ULID", ID_SCHEMA, required=True)
@@ -118,7 +117,7 @@ async def list_applications(after: After = None, limit: Limit = None, name: Name
 @api.get(
     "/applications/{id}",
     response_model=Application,
-    responses=responses(400, 404) | {200: {"headers": ETAG}} | NOT_MODIFIED,
+    responses=responses(400, 404) | SHOWN,
     openapi_extra={"parameters": [PATH_ID, IF_NONE_MATCH]},
 )
 async def read_application(request: Request) -> Response:
@@ -157,7 +156,7 @@ async def delete_application(request: Request, cascade: Cascade = False) -> Resp
 @api.get(
     "/applications/{application_name:text}/configurations/{name:text}",
     response_model=Configuration,
-    responses=responses(400, 404) | {200: {"headers": ETAG}} | NOT_MODIFIED,
+    responses=responses(400, 404) | SHOWN,
     openapi_extra={
         "parameters": [
             parameter("application_name", "path", "Percent-encoded", {"type": "string"}, required=True),
@@ -203,7 +202,7 @@ async def list_configurations(
 @api.get(
     "/configurations/{id}",
     response_model=Configuration,
-    responses=responses(400, 404) | {200: {"headers": ETAG}} | NOT_MODIFIED,
+    responses=responses(400, 404) | SHOWN,
     openapi_extra={"parameters": [PATH_ID, IF_NONE_MATCH, WAIT]},
 )
 async def read_configuration(request: Request) -> Response:
@@ -290,7 +289,7 @@ async def root() -> Response:
     return RedirectResponse("/docs")
 
 
-@app.get("/health", response_model=Health, responses=responses(), tags=["health"])
+@app.get("/health", response_model=Health, responses=responses(400), tags=["health"])
 async def health() -> Response:
     """200 if the database answers, takes writes, and has the schema that this code needs."""
     state = await repo.read_state()
@@ -301,7 +300,7 @@ async def health() -> Response:
     )
 
 
-@app.get("/health/live", tags=["health"])
+@app.get("/health/live", responses=responses(400), tags=["health"])
 async def health_live() -> dict[str, str]:
     """200 while the process serves. It never asks the database."""
     return {"status": "ok"}
@@ -309,7 +308,7 @@ async def health_live() -> dict[str, str]:
 
 def openapi() -> dict[str, Any]:
     if app.openapi_schema is None:
-        app.openapi_schema = errors.describe(get_openapi(title=app.title, version=app.version, routes=app.routes))
+        errors.describe(FastAPI.openapi(app))  # which keeps the document that is changed here
     return app.openapi_schema
 
 
@@ -335,14 +334,18 @@ def main() -> None:
     # uvicorn hands the signal on when it has shut down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    serve(config, workers=config.workers)
+
+
+def serve(config: settings.Settings, **options: Any) -> None:
     uvicorn.run(
         "svc.app:app",
         host=config.host,
         port=config.port,
-        workers=config.workers,
         log_level=config.level.lower(),
         timeout_graceful_shutdown=config.shutdown_timeout,
         ws="none",
+        **options,
     )
 
 

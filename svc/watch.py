@@ -27,8 +27,8 @@ SPREAD = 0.00005  # seconds a woken reader, so that thousands do not read at the
 
 Key = str | tuple[str, str]  # the id of a configuration, or the names of its application and its own
 
-# What each key's readers have, by the event that wakes them.
-_readers: dict[Key, dict[asyncio.Event, str]] = {}
+# The key that each reader waits for and the ETags that it has, by the event that wakes it.
+_readers: dict[asyncio.Event, tuple[Key, str]] = {}
 _changed = asyncio.Event()
 _closing = False
 
@@ -74,9 +74,8 @@ def release() -> None:
     """Answer all who wait, and let nobody wait any more."""
     global _closing
     _closing = True
-    for readers in _readers.values():
-        for reader in readers:
-            reader.set()
+    for reader in _readers:
+        reader.set()
 
 
 def changed() -> None:
@@ -87,7 +86,7 @@ def changed() -> None:
 
 def count() -> int:
     """How many readers wait."""
-    return sum(map(len, _readers.values()))
+    return len(_readers)
 
 
 async def until_changed(
@@ -108,7 +107,7 @@ async def until_changed(
     gone = asyncio.create_task(_gone(receive))
     gone.add_done_callback(lambda _: wake.set())
     # Registered before it reads: what changes from here on sets the event.
-    _readers.setdefault(key, {})[wake] = if_none_match
+    _readers[wake] = key, if_none_match
     try:
         row = await read(key)
         while named(if_none_match, etag(row)) and not _closing and not gone.done():
@@ -123,9 +122,7 @@ async def until_changed(
         return row
     finally:
         gone.cancel()
-        del _readers[key][wake]
-        if not _readers[key]:
-            del _readers[key]
+        del _readers[wake]
 
 
 async def _gone(receive: Receive) -> None:
@@ -153,13 +150,12 @@ async def _look_on() -> None:
 
 
 async def _look() -> None:
-    keys = list(_readers)
+    keys = {key for key, _ in _readers.values()}
     current = await repo.read_etags(keys)
     woken = [
         reader
-        for key in keys
-        for reader, if_none_match in _readers.get(key, {}).items()
-        if not named(if_none_match, current.get(key))
+        for reader, (key, if_none_match) in _readers.items()
+        if key in keys and not named(if_none_match, current.get(key))
     ]
     for reader in woken:
         asyncio.get_running_loop().call_later(random.random() * SPREAD * len(woken), reader.set)
