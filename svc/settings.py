@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     db_connect_timeout: int = Field(2, ge=2, le=60)  # whole seconds, and libpq raises 1 to 2
     db_lock_timeout: Seconds = 2
     db_statement_timeout: Seconds = 3
-    db_deadline: float = Field(4, gt=0, le=5)
+    db_deadline: float = Field(4.5, gt=0, le=5)  # room for a read behind another, each with a connect to a silent host
     db_slow_statement: Seconds = 0.5
 
     migration_lock_timeout: Seconds = 5

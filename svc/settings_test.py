@@ -72,7 +72,7 @@ def test_without_anything_set_there_are_defaults():
         "db_connect_timeout": 2,
         "db_lock_timeout": 2,
         "db_statement_timeout": 3,
-        "db_deadline": 4,
+        "db_deadline": 4.5,
         "db_slow_statement": 0.5,
         "migration_lock_timeout": 5,
         "migration_wait": 60,
@@ -147,7 +147,7 @@ RELATIONS = {
         "DB_LOCK_TIMEOUT must not be above DB_STATEMENT_TIMEOUT",
     ),
     "a statement outlasts the deadline": (
-        {"DB_STATEMENT_TIMEOUT": 4.5, "DB_DEADLINE": 4},
+        {"DB_STATEMENT_TIMEOUT": 4.6, "DB_DEADLINE": 4.5},
         "DB_STATEMENT_TIMEOUT must not be above DB_DEADLINE",
     ),
 }

@@ -53,7 +53,7 @@ from svc.test.process import free_port, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-DEADLINE = 4  # DB_DEADLINE
+DEADLINE = 4.5  # DB_DEADLINE
 
 
 def crash_and_start(folder: Path, _: str) -> None:
