@@ -1,4 +1,5 @@
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -165,7 +166,7 @@ def test_what_is_printed_is_what_is_served(tmp_path, monkeypatch, capsys, new_da
         with new_database(migrated=False) as url:
             monkeypatch.setenv("DATABASE_URL", url if given else "")
             settings.load.cache_clear()
-            dev.main()
+            runpy.run_path(dev.__file__, run_name="__main__") if given else dev.main()
             place = str(tmp_path / ".postgres")
             out = capsys.readouterr().out
             assert (f" in {place}\n" in out) is not given
