@@ -133,7 +133,10 @@ def run(options: argparse.Namespace, chosen: list[Operation]) -> dict[str, Any]:
 
 
 def measure(bench: SimpleNamespace, base: str, operation: Operation) -> list[dict[str, Any]]:
-    """A row for each number of connections and design: bare, textbook, service, pgbench, as far as there is one."""
+    """A row for each number of connections and design: bare, textbook, service, pgbench, as far as there is one.
+
+    A conditional request is measured beside the same without its condition.
+    """
     if operation.before:
         execute(bench.url, operation.before)
     check(base, operation)
@@ -142,6 +145,9 @@ def measure(bench: SimpleNamespace, base: str, operation: Operation) -> list[dic
         textbook = operation._replace(path=operation.textbook)
         check(base, textbook)
         loads["textbook"] = lambda connections: wrk(bench, base, textbook, connections)
+    if operation.headers:
+        unconditional = operation._replace(headers={}, status=200)
+        loads["unconditional"] = lambda connections: wrk(bench, base, unconditional, connections)
     loads["service"] = lambda connections: wrk(bench, base, operation, connections)
     if operation.pgbench:
         script = pgbench_script(bench.url)
