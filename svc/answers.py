@@ -74,7 +74,7 @@ async def current[K: watch.Key](request: Request, key: K, read: Callable[[K], Aw
 def shown(request: Request, row: Row | None, missing: str) -> Response:
     """What PostgreSQL wrote, as it is; 304 if If-None-Match names it; 404 if there is nothing."""
     tag = etags.etag(row)
-    if row is None or tag is None:
+    if tag is None:
         raise HTTPException(404, missing)
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
     if etags.named(etags.header(request.scope, b"if-none-match"), tag):

@@ -30,7 +30,6 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
-import psycopg2
 from fastapi import FastAPI, HTTPException, Response
 from psycopg2.extras import Json, RealDictCursor
 from psycopg2.pool import ThreadedConnectionPool
@@ -138,7 +137,7 @@ def measure(bench: SimpleNamespace, base: str, operation: Operation) -> list[dic
     A conditional request is measured beside the same without its condition.
     """
     if operation.before:
-        execute(bench.url, operation.before)
+        dev.execute(bench.url, operation.before)
     check(base, operation)
     loads = {"bare": lambda connections: wrk(bench, base, BARE_ROUTE, connections)}
     if operation.textbook:
@@ -237,7 +236,7 @@ def check(base: str, operation: Operation) -> None:
 
 def pgbench_script(url: str) -> str:
     """The statement by which the service answered the PUT of `check`, as the server got it, on random rows."""
-    [row] = execute(
+    [row] = dev.execute(
         url,
         """
         SELECT query
@@ -335,7 +334,7 @@ def memory(pid: int, field: str) -> float:
 
 
 def machine(url: str) -> dict[str, Any]:
-    [row] = execute(
+    [row] = dev.execute(
         url,
         """
         SELECT current_setting('server_version') AS postgresql, current_setting('fsync') AS fsync,
@@ -374,8 +373,8 @@ def table(report: dict[str, Any]) -> str:
 def database(folder: Path) -> Iterator[str]:
     """The URL of an empty, migrated database. Durability is PostgreSQL's default."""
     with dev.postgres(folder) as url:
-        execute(url, "ALTER SYSTEM SET max_connections = 200")  # two workers of service and textbook
-        execute(url, "ALTER SYSTEM SET track_activity_query_size = '16kB'")  # for `pgbench_script`
+        dev.execute(url, "ALTER SYSTEM SET max_connections = 200")  # two workers of service and textbook
+        dev.execute(url, "ALTER SYSTEM SET track_activity_query_size = '16kB'")  # for `pgbench_script`
     with dev.postgres(folder) as url:
         with redirect_stdout(sys.stderr):
             migrations.up(url)
@@ -418,20 +417,9 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def execute(url: str, statement: str, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    connection = psycopg2.connect(url, cursor_factory=RealDictCursor)
-    try:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(statement, params)
-            return cursor.fetchall() if cursor.description else []
-    finally:
-        connection.close()
-
-
 def make_data(url: str, applications: int) -> None:
     # What the triggers would do row by row is done at once: with them it takes minutes for many applications.
-    execute(
+    dev.execute(
         url,
         """
         ALTER TABLE applications DISABLE TRIGGER USER;
@@ -460,8 +448,8 @@ def make_data(url: str, applications: int) -> None:
         },
     )
     make_textbook(url)
-    execute(url, "VACUUM ANALYZE")
-    execute(url, "CHECKPOINT")
+    dev.execute(url, "VACUUM ANALYZE")
+    dev.execute(url, "CHECKPOINT")
 
 
 # --- What the service is measured against ---
@@ -469,7 +457,7 @@ def make_data(url: str, applications: int) -> None:
 
 def make_textbook(url: str) -> None:
     """The textbook design's own tables: the same rows, without triggers, history or an index for searches."""
-    execute(
+    dev.execute(
         url,
         """
         CREATE SCHEMA textbook;

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg2
 import pytest
 import uvicorn
 from psycopg2.extensions import make_dsn
-from psycopg2.extras import RealDictCursor
 
 from svc import dev, migrations, settings
 from svc.test.process import until
@@ -31,14 +29,7 @@ settings.load.cache_clear()
 
 def run_sql(url: str, statement: str, *params: Any) -> list[dict[str, Any]]:
     """The rows of a statement on a connection of its own."""
-    connection = psycopg2.connect(url, cursor_factory=RealDictCursor)
-    try:
-        connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(statement, params or None)
-            return cursor.fetchall() if cursor.description else []
-    finally:
-        connection.close()
+    return dev.execute(url, statement, params or None)
 
 
 @pytest.fixture(scope="session")

