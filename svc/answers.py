@@ -8,16 +8,16 @@ from urllib.parse import unquote, urlencode
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
+from pydantic_core import PydanticCustomError
 from starlette.convertors import PathConvertor, register_url_convertor
 
 from svc import errors, etags, repo, settings, watch
 from svc.db import Row
 from svc.errors import problem
-from svc.models import ULID_PATTERN
+from svc.models import ulid
 
 PREFIX = "/api/v1"
 
-is_ulid = re.compile(ULID_PATTERN).fullmatch
 is_number = re.compile(r"[0-9]+(\.[0-9]+)?").fullmatch
 
 
@@ -29,10 +29,10 @@ register_url_convertor("text", AnyText())
 
 
 def path_id(request: Request) -> str:
-    id = request.path_params["id"]
-    if not is_ulid(id):
-        raise refused(("path", "id"), "String should be a ULID: 26 characters, upper case", "ulid")
-    return id
+    try:
+        return ulid(request.path_params["id"])
+    except PydanticCustomError as error:
+        raise refused(("path", "id"), error.message(), error.type) from None
 
 
 def path_names(request: Request) -> tuple[str, str]:

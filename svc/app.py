@@ -26,18 +26,19 @@ from svc.models import (
     ConfigurationUpdate,
     ConfigurationVersion,
     Health,
+    Id,
     Name,
 )
 from svc.strict import StrictRoute, ended, guarded
 
 IMMUTABLE = "max-age=31536000, immutable"
 
-Id = Annotated[str, Path(pattern=ULID_PATTERN)]
+PathId = Annotated[Id, Path()]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION)]
-After = Annotated[str | None, Query(pattern=ULID_PATTERN, description="Only what comes after this id.")]
+After = Annotated[Id | None, Query(description="Only what comes after this id.")]
 Before = Annotated[int | None, Query(ge=1, le=models.MAX_VERSION, description="Only what is older than this version.")]
 Limit = Annotated[int | None, Query(ge=1, le=1000, description="At most so many; the Link header names the next.")]
-OfApplication = Annotated[str | None, Query(pattern=ULID_PATTERN, description="Only those of this application.")]
+OfApplication = Annotated[Id | None, Query(description="Only those of this application.")]
 NameFilter = Annotated[Name | None, Query(description="Only those with exactly this name.")]
 Contains = Annotated[
     str | None, Query(description="Only those whose config contains this JSON object.", examples=['{"port": 5432}'])
@@ -236,7 +237,7 @@ async def delete_configuration(request: Request) -> Response:
     response_model=list[ConfigurationVersion],
     responses=responses(400, 404) | {200: {"headers": LINK}},
 )
-async def list_versions(id: Id, before: Before = None, limit: Limit = None) -> Response:
+async def list_versions(id: PathId, before: Before = None, limit: Limit = None) -> Response:
     listing = await repo.list_versions(id, before, limit)
     if listing is None:
         raise HTTPException(404, "There never was a configuration with this id.")
@@ -244,7 +245,7 @@ async def list_versions(id: Id, before: Before = None, limit: Limit = None) -> R
 
 
 @api.get("/configurations/{id}/versions/{version}", response_model=ConfigurationVersion, responses=responses(400, 404))
-async def read_version(id: Id, version: Version) -> Response:
+async def read_version(id: PathId, version: Version) -> Response:
     row = await repo.read_version(id, version)
     if row is None:
         raise HTTPException(404, "There is no such version of a configuration with this id.")

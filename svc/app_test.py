@@ -198,6 +198,17 @@ def test_ids_that_are_no_ulid_are_400_and_unknown_ones_404(client, path):
         problem(client.request(method, f"{path}/{UNKNOWN}", json={}), 404)
 
 
+def test_an_id_that_is_no_ulid_is_refused_in_the_same_words_wherever_it_stands(client):
+    paths = ("configurations/x", "configurations/x/versions", "configurations?after=x", "applications?after=x")
+    answers = [client.get(path) for path in (*paths, "configurations?application_id=x")]
+    answers.append(client.post("/configurations", json={"application_id": "x", "name": "n", "config": {}}))
+    found = [error for answer in answers for error in problem(answer, 400)["errors"]]
+    assert {(error["msg"], error["type"]) for error in found} == {
+        ("Input should be a ULID: 26 characters, upper case", "ulid")
+    }
+    assert len(found) == 6
+
+
 def test_a_name_that_is_taken_is_409_and_nothing_is_stored(client, sql, application, configuration):
     assert "name is taken" in problem(client.post("/applications", json={"name": application["name"]}), 409)["detail"]
     other = client.post("/applications", json={"name": application["name"] + "-other"}).json()

@@ -51,10 +51,10 @@ def main() -> None:
         migrations.up(url)
         connection = psycopg2.connect(url)
         version = connection.info.parameter_status("server_version")
-        place = FOLDER if config.database_url is None else f"{connection.info.host}:{connection.info.port}"
+        place = url if config.database_url is None else f"{connection.info.host}:{connection.info.port}"
         connection.close()
         address = f"http://{config.host}:{config.port}"
-        print(f"PostgreSQL {version} in {place}\nAPI        {address}/api/v1\nDocs       {address}/docs", flush=True)
+        print(f"PostgreSQL {version} at {place}\nAPI        {address}/api/v1\nDocs       {address}/docs", flush=True)
         os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
         serve(config, reload=True, reload_dirs=[str(FOLDER.parent)])
 

@@ -45,6 +45,8 @@ def invalid(*errors: dict[str, Any]) -> Response:
 
 
 def _message(error: dict[str, Any]) -> str:
+    if error["type"] == "model_attributes_type":
+        return "Input should be a JSON object, sent with Content-Type: application/json"
     reason = error.get("ctx", {}).get("error")
     return f"{error['msg']}: {reason}" if error["type"] == "json_invalid" else error["msg"]
 

@@ -129,7 +129,7 @@ def health(applied: list[int], folder: Path = FOLDER) -> str | None:
     if ahead := sorted(set(applied) - expected):
         return f"the database is ahead of this code by migration {', '.join(map(str, ahead))}"
     if pending := sorted(expected - set(applied)):
-        return f"migration {', '.join(map(str, pending))} is pending"
+        return f"migrations are pending ({', '.join(map(str, pending))}): run `pipenv run migrate`"
     return None
 
 
@@ -261,7 +261,7 @@ def _statements(name: str, text: str) -> list[tuple[int, str]]:
     if comments:
         raise SystemExit(f"{name}: a comment in it does not end")
     if not found:
-        raise SystemExit(f"{name}: holds no statement, only comments or nothing")
+        raise SystemExit(f"{name}: holds no statement, only comments or nothing: write its SQL")
     for line, statement in found:
         if control := _CONTROL.match(statement):
             raise SystemExit(f"{name}:{line}: {control[0].upper()} is for the runner to say; take it out")
@@ -390,8 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         given["url"] = settings.load().database()
     try:
         inspect.signature(command).bind(**given)
-    except TypeError as error:
-        parser.error(f"{command.__name__}: {error}")
+    except TypeError:
+        parser.error(f"wrong arguments for {command.__name__}")
     try:
         return 1 if command(**given) is False else 0
     except OSError as error:

@@ -224,7 +224,7 @@ def test_a_missing_down_file_is_refused_before_anything_is_touched(run, database
 def test_a_bad_down_file_is_refused_before_anything_is_touched(run, database, tmp_path):
     write(tmp_path, numbered(1, 3) | {"0001_t1.down.sql": "-- nothing"})
     assert run(database, "up").code == 0
-    message = "0001_t1.down.sql: holds no statement, only comments or nothing\n"
+    message = "0001_t1.down.sql: holds no statement, only comments or nothing: write its SQL\n"
     assert run(database, "down", "--to", "0") == (1, "", message)
     assert (tables(database), len(records(database))) == (["t1", "t2", "t3"], 3)
 
@@ -390,7 +390,7 @@ def test_line_endings_and_a_byte_order_mark_are_no_edit(run, database, tmp_path)
 
 # --- Files ---
 
-NO_STATEMENT = "0002_bad.sql: holds no statement, only comments or nothing"
+NO_STATEMENT = "0002_bad.sql: holds no statement, only comments or nothing: write its SQL"
 NAMING = "a migration is called NUMBER_name.sql or NUMBER_name.down.sql"
 REFUSED = {
     "nothing": ({"0002_bad.sql": ""}, NO_STATEMENT),
@@ -905,7 +905,8 @@ def test_new_writes_the_next_numbered_pair(tmp_path, capsys):
 
 def test_new_starts_at_one_and_its_pair_is_refused_until_it_holds_a_statement(run, database, tmp_path):
     assert migrations.main(["new", "first", "--folder", str(tmp_path)]) == 0
-    assert run(database, "up") == (1, "", "0001_first.sql: holds no statement, only comments or nothing\n")
+    message = "0001_first.sql: holds no statement, only comments or nothing: write its SQL\n"
+    assert run(database, "up") == (1, "", message)
 
 
 def test_new_overwrites_nothing_and_wants_a_name(tmp_path):
@@ -926,7 +927,7 @@ def test_new_overwrites_nothing_and_wants_a_name(tmp_path):
 def test_health_names_what_is_pending_or_ahead(tmp_path):
     write(tmp_path, numbered(1, 3) | {"notes.sql": "", "0009_only.down.sql": ""})
     assert migrations.health([1, 2, 3], tmp_path) is None
-    assert migrations.health([2], tmp_path) == "migration 1, 3 is pending"
+    assert migrations.health([2], tmp_path) == "migrations are pending (1, 3): run `pipenv run migrate`"
     assert migrations.health([1, 2, 3, 4, 5], tmp_path) == "the database is ahead of this code by migration 4, 5"
     assert migrations.health([], tmp_path / "missing") is None
 

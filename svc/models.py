@@ -70,6 +70,7 @@ _decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_float=_double, parse_constant=lambda name: _refuse(f"{name} is not JSON")
 )
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_is_ulid = re.compile(ULID_PATTERN).fullmatch
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _EXPONENT = re.compile(r"\de[+-]\d")
 _STRING_OR_EXPONENT = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?[\d.]+e[+-]\d+')
@@ -152,9 +153,10 @@ def _not_blank(text: str) -> str:
     return _no_nul(text)
 
 
-def _ulid(value: Any) -> str:
+def ulid(value: Any) -> str:
+    """The same value. Raises PydanticCustomError if it is no id as the service writes them."""
     # python-ulid takes integers too, and raises OverflowError for some of them.
-    if not isinstance(value, str) or not re.fullmatch(ULID_PATTERN, value):
+    if not isinstance(value, str) or not _is_ulid(value):
         raise PydanticCustomError("ulid", "Input should be a ULID: 26 characters, upper case")
     return value
 
@@ -164,9 +166,10 @@ Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_not_b
 Comments = Annotated[str, Field(max_length=1024), AfterValidator(_no_nul)]
 Document = Annotated[dict[str, Any], AfterValidator(_document), PlainSerializer(lambda text: text)]
 _documents = TypeAdapter(Document)
+Id = Annotated[str, BeforeValidator(ulid), WithJsonSchema({"type": "string", "pattern": ULID_PATTERN})]
 Ulid = Annotated[
     ULID,
-    BeforeValidator(_ulid),
+    BeforeValidator(ulid),
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "pattern": ULID_PATTERN, "examples": [APPLICATION_ID]}),
 ]

@@ -102,7 +102,7 @@ def load() -> Settings:
         return Settings()
     except ValidationError as error:
         found = (f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix(": ") for e in error.errors())
-        raise SystemExit("settings: " + "; ".join(found)) from None
+        raise SystemExit("settings: " + "; ".join(found).replace("Value error, ", "")) from None
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, UnicodeDecodeError):
