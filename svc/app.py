@@ -143,9 +143,8 @@ async def delete_application(request: Request, cascade: Cascade = False) -> Resp
     versions = admitted(request, id)
     row = await repo.delete_application(id, cascade, versions)
     if row and not row["written"] and (versions is None or str(row["version"]) in versions):
-        count = row["json"]
         raise HTTPException(
-            409, f"The application still has {count} configurations: delete them, or add ?cascade=true."
+            409, f"The application has configurations ({row['json']}): delete them, or add ?cascade=true."
         )
     return deleted(row, "application")
 

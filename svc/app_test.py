@@ -2,20 +2,24 @@ import json
 import secrets
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
+import psycopg2
 import pytest
 from pydantic import TypeAdapter
+from ulid import ULID
 
 from svc import app as service
+from svc.conftest import run_sql
 from svc.models import Application, Configuration, ConfigurationVersion, PreconditionProblem, Problem, ValidationProblem
 from svc.settings import Settings
-from svc.test.process import free_port
+from svc.test.process import free_port, until
 
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 SCRIPTS = ["عربي ‏مع علامات", "中文配置", "👩‍👩‍👧‍👦 family", " spaced  and trailing ", "ﬀ Ω Å Å", "a/b?c#d%41\n\t"]
@@ -399,8 +403,8 @@ def test_a_condition_on_a_write_is_checked_before_a_taken_name(client, applicati
 
 def test_an_application_with_configurations_is_deleted_only_with_them(client, sql, application, configuration):
     path = f"/applications/{application['id']}"
-    assert "1 configuration" in problem(client.delete(path), 409)["detail"]
-    assert "1 configuration" in problem(client.delete(path, params={"cascade": "false"}), 409)["detail"]
+    assert "has configurations (1)" in problem(client.delete(path), 409)["detail"]
+    assert "has configurations (1)" in problem(client.delete(path, params={"cascade": "false"}), 409)["detail"]
     assert len(sql("SELECT id FROM configurations WHERE application_id = %s", application["id"])) == 1
     assert client.delete(path, params={"cascade": "true"}).status_code == 204
     problem(client.get(path), 404)
@@ -433,6 +437,48 @@ def test_a_configuration_added_while_its_application_is_deleted_is_never_lost(cl
             assert len(sql("SELECT id FROM configurations WHERE application_id = %s", id)) == (outcome[0] == 201)
             seen.add(outcome)
     assert seen
+
+
+@contextmanager
+def behind(url: str, request: Callable[[], httpx.Response], *statements: str) -> Iterator[tuple[Any, Any]]:
+    """A cursor whose transaction has run these statements, and the future of a request that has come to wait for it."""
+    connection = psycopg2.connect(url)
+    with ThreadPoolExecutor(1) as threads, closing(connection), connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+        answer = threads.submit(request)
+        blocked = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        until(lambda: run_sql(url, blocked, connection.info.backend_pid) or answer.done())
+        yield cursor, answer
+
+
+def test_a_configuration_that_is_deleted_waits_for_its_application_before_it_is_locked_itself(
+    client, url, application, configuration
+):
+    """Else it and the deletion of its application would wait for each other."""
+    locked = f"SELECT FROM applications WHERE id = '{application['id']}' FOR UPDATE"
+    with behind(url, lambda: client.delete(f"/configurations/{configuration['id']}"), locked) as (other, answer):
+        other.execute(f"SELECT FROM configurations WHERE id = '{configuration['id']}' FOR UPDATE NOWAIT")
+        other.execute(f"DELETE FROM applications WHERE id = '{application['id']}'")
+        other.connection.commit()
+        problem(answer.result(), 404)
+
+
+@pytest.mark.parametrize("status", [204, 409])
+def test_an_application_that_waits_to_be_deleted_goes_by_what_it_has_then(
+    client, url, application, configuration, status
+):
+    path = f"/applications/{application['id']}"
+    another = f"""
+        INSERT INTO configurations (id, application_id, name, config)
+        VALUES ('{ULID()}', '{application["id"]}', 'another', '{{}}')
+    """
+    gone = f"DELETE FROM configurations WHERE id = '{configuration['id']}'"
+    statements = [another, gone] if status == 409 else [gone]
+    with behind(url, lambda: client.delete(path), *statements) as (other, answer):
+        other.connection.commit()
+        assert answer.result().status_code == status
+    assert len(client.get("/applications", params={"name": application["name"]}).json()) == (status == 409)
 
 
 # --- Versions ---

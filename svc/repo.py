@@ -91,12 +91,15 @@ async def update_application(id: str, changes: ApplicationUpdate, versions: list
 
 
 async def delete_application(id: str, cascade: bool, versions: list[str] | None = None) -> Row | None:
-    """One that has configurations is left alone unless they may go too; `json` then is their number."""
+    """One that has configurations is left alone unless they may go too; `json` then is their number.
+
+    It is locked before they are counted, so that none comes or goes after that.
+    """
     return await _write(
         "delete_application",
         f"""
         DELETE FROM applications AS a
-        WHERE a.id = %(id)s AND {ADMITTED.format("a")}
+        WHERE a.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE) AND {ADMITTED.format("a")}
           AND (%(cascade)s OR cardinality(configuration_ids_now(a.id)) = 0)
         RETURNING a.id, a.version, NULL AS json
         """,
@@ -174,11 +177,18 @@ async def update_configuration(id: str, changes: ConfigurationUpdate, versions: 
 
 
 async def delete_configuration(id: str, versions: list[str] | None = None) -> Row | None:
+    """Its application is locked first, as by its own deletion: neither has what the other waits for."""
     return await _write(
         "delete_configuration",
         f"""
         DELETE FROM configurations AS c
         WHERE c.id = %(id)s AND {ADMITTED.format("c")}
+          AND c.application_id = (
+              SELECT a.id
+              FROM applications AS a JOIN configurations AS own ON own.application_id = a.id
+              WHERE own.id = %(id)s
+              FOR NO KEY UPDATE OF a
+          )
         RETURNING c.id, c.version, NULL AS json
         """,
         "SELECT c.id, c.version, NULL AS json FROM configurations AS c WHERE c.id = %(id)s",
