@@ -368,18 +368,18 @@ async def _list(
     """`limit` rows that match, all of them without a limit, in the order of their key after the key `after`.
 
     A page begins after the last key of the one before: each takes the same time and memory, wherever it stands, and
-    rows that come or go meanwhile neither repeat nor hide another.
+    rows that come or go meanwhile neither repeat nor hide another. A limited list ends with the key that was its last
+    when it was asked for.
     """
     beyond, within, direction, last = ("<", ">=", "DESC", "min") if descending else (">", "<=", "ASC", "max")
     matching += f" AND (%(after)s IS NULL OR {key} {beyond} %(after)s)"
-    ends: list[Row] = []
+    until, more, ending = None, False, ""
     if limit is not None:
-        ends = await db.fetch(
-            f"{name}_end",
-            f"SELECT {key} AS key {matching} ORDER BY {key} {direction} OFFSET {limit - 1} LIMIT 2",
-            params,
-        )
-    until = ends[0]["key"] if ends else None
+        first = f"SELECT {key} {matching} ORDER BY {key} {direction} LIMIT {limit + 1}"
+        [row] = await db.fetch(f"{name}_end", f"SELECT ARRAY({first}) AS keys", params)
+        keys = row["keys"]
+        until, more = keys[:limit][-1] if keys else None, len(keys) > limit  # nothing is within NULL
+        ending = f"AND {key} {within} %(until)s"
 
     async def pages() -> AsyncIterator[str]:
         after, count = params["after"], size
@@ -391,7 +391,7 @@ async def _list(
                        string_agg(page.json, ',' ORDER BY page.key {direction}) AS json
                 FROM (
                     SELECT {key} AS key, {columns}
-                    {matching} AND (%(until)s IS NULL OR {key} {within} %(until)s)
+                    {matching} {ending}
                     ORDER BY {key} {direction}
                     LIMIT {size}
                 ) AS page
@@ -402,4 +402,4 @@ async def _list(
             if count:
                 yield page["json"]
 
-    return until if len(ends) == 2 else None, pages()
+    return until if more else None, pages()
