@@ -66,9 +66,13 @@ async def current[K: watch.Key](request: Request, key: K, read: Callable[[K], Aw
     if_none_match = etags.header(request.scope, b"if-none-match")
     if if_none_match is None:
         raise refused(("query", "wait"), "To wait for a change, name in If-None-Match what you have", "wait")
-    if watch.count() >= settings.load().max_waiters:
+    known = etags.tags(if_none_match)
+    if watch.count() < settings.load().max_waiters:
+        return await watch.until_changed(key, read, known, float(wait), request.receive)
+    row = await read(key)
+    if etags.named(known, etags.etag(row)):
         raise HTTPException(503, "Too many clients wait for a change: try again.", errors.RETRY_AFTER)
-    return await watch.until_changed(key, read, if_none_match, float(wait), request.receive)
+    return row
 
 
 def shown(request: Request, row: Row | None, missing: str) -> Response:
@@ -77,7 +81,7 @@ def shown(request: Request, row: Row | None, missing: str) -> Response:
     if tag is None:
         raise HTTPException(404, missing)
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if etags.named(etags.header(request.scope, b"if-none-match"), tag):
+    if etags.named(etags.tags(etags.header(request.scope, b"if-none-match")), tag):
         return Response(status_code=304, headers=headers)
     return Response(row["json"], 200, headers, media_type="application/json")
 

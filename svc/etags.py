@@ -28,13 +28,18 @@ def _listed(value: str) -> Iterable[str]:
     return _tags(value) if _is_list(value) else ()
 
 
-def named(if_none_match: str | None, tag: str | None) -> bool:
-    """Whether If-None-Match names a tag, by weak comparison. `tag` is None for what does not exist."""
-    if if_none_match is None or tag is None:
-        return False
-    if if_none_match == tag or if_none_match.strip(" \t") == "*":
-        return True
-    return tag in (each.removeprefix("W/") for each in _listed(if_none_match))
+def tags(if_none_match: str | None) -> frozenset[str]:
+    """What If-None-Match names, for weak comparison. It may be "*"."""
+    if if_none_match is None:
+        return frozenset()
+    if if_none_match.strip(" \t") == "*":
+        return frozenset("*")
+    return frozenset(each.removeprefix("W/") for each in _listed(if_none_match))
+
+
+def named(tags: frozenset[str], tag: str | None) -> bool:
+    """Whether a tag is one of those, or any tag is. `tag` is None for what does not exist."""
+    return tag is not None and (tag in tags or "*" in tags)
 
 
 def versions(if_match: str | None, id: str) -> list[str] | None:

@@ -27,8 +27,8 @@ SPREAD = 0.00005  # seconds a woken reader, so that thousands do not read at the
 
 Key = str | tuple[str, str]  # the id of a configuration, or the names of its application and its own
 
-# The key that each reader waits for and the ETags that it has, by the event that wakes it.
-_readers: dict[asyncio.Event, tuple[Key, str]] = {}
+# The key that each reader waits for and the ETags that it knows, by the event that wakes it.
+_readers: dict[asyncio.Event, tuple[Key, frozenset[str]]] = {}
 _changed = asyncio.Event()
 _closing = False
 
@@ -92,11 +92,11 @@ def count() -> int:
 async def until_changed(
     key: Key,
     read: Callable[[Key], Awaitable[Row | None]],
-    if_none_match: str,
+    known: frozenset[str],
     seconds: float,
     receive: Receive,
 ) -> Row | None:
-    """The row once If-None-Match does not name it, None once there is none; after so many seconds, as it was then.
+    """The row once its ETag is none of those known, None once there is none; after so many seconds, as it is then.
 
     It holds neither a thread nor a connection while it waits. It ends early when the client goes away. A database that
     is away is an error only for the first read.
@@ -107,15 +107,13 @@ async def until_changed(
     gone = asyncio.create_task(_gone(receive))
     gone.add_done_callback(lambda _: wake.set())
     # Registered before it reads: what changes from here on sets the event.
-    _readers[wake] = key, if_none_match
+    _readers[wake] = key, known
     try:
         row = await read(key)
-        while named(if_none_match, etag(row)) and not _closing and not gone.done():
-            try:
+        while named(known, etag(row)) and not _closing and not gone.done() and loop.time() < until:
+            with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await wake.wait()
-            except TimeoutError:
-                break
             wake.clear()
             with suppress(psycopg2.Error):
                 row = await read(key)
@@ -152,10 +150,6 @@ async def _look_on() -> None:
 async def _look() -> None:
     keys = {key for key, _ in _readers.values()}
     current = await repo.read_etags(keys)
-    woken = [
-        reader
-        for reader, (key, if_none_match) in _readers.items()
-        if key in keys and not named(if_none_match, current.get(key))
-    ]
+    woken = [reader for reader, (key, known) in _readers.items() if key in keys and not named(known, current.get(key))]
     for reader in woken:
         asyncio.get_running_loop().call_later(random.random() * SPREAD * len(woken), reader.set)

@@ -113,6 +113,15 @@ def test_a_star_waits_for_the_deletion(threads, client, base_url, configuration,
     problem(waiting.result(20), 404)
 
 
+@pytest.mark.parametrize("known", ["*", "the old and the new"])
+def test_a_304_after_a_wait_names_what_is_stored_then(threads, client, base_url, configuration, path, known):
+    value = known if known == "*" else f"{tag(configuration)}, {tag(configuration, 2)}"
+    waiting = wait(threads, client, base_url, path, value, seconds=1)
+    client.put(f"/configurations/{configuration['id']}", json={"config": {"port": 1}})
+    response = waiting.result(20)
+    assert (response.status_code, response.headers["etag"]) == (304, tag(configuration, 2))
+
+
 def test_a_wait_of_zero_does_not_wait(client, configuration, path):
     response = client.get(path, params={"wait": 0}, headers={"If-None-Match": tag(configuration)})
     assert response.status_code == 304
@@ -172,7 +181,7 @@ def test_a_change_between_read_and_wait_is_heard_at_once(watch_here):
         watch_here.repo = SimpleNamespace(read_etags=look)
         async with watch_here.opened():
             started = time.monotonic()
-            row = await watch_here.until_changed("X", read_and_be_overtaken, '"X.1"', 30, asyncio.Future)
+            row = await watch_here.until_changed("X", read_and_be_overtaken, frozenset(['"X.1"']), 30, asyncio.Future)
             return etag(row), time.monotonic() - started
 
     with ThreadPoolExecutor(1) as thread:  # signals are for the main thread's loop
@@ -193,7 +202,7 @@ def test_a_signal_ends_the_waiting_and_goes_to_its_handler_too(watch_here, numbe
 
     async def scenario() -> None:
         async with watch_here.opened():
-            waiting = asyncio.create_task(watch_here.until_changed("X", read, '"X.1"', 30, asyncio.Future))
+            waiting = asyncio.create_task(watch_here.until_changed("X", read, frozenset(['"X.1"']), 30, asyncio.Future))
             while not watch_here.count():
                 await asyncio.sleep(0)
             signal.raise_signal(number)
@@ -226,7 +235,7 @@ def test_looks_that_fail_are_logged_once_and_the_waiting_goes_on(watch_here, cap
     async def scenario() -> None:
         watch_here.repo = SimpleNamespace(read_etags=look)
         async with watch_here.opened(), asyncio.timeout(5):
-            assert etag(await watch_here.until_changed("X", read, '"X.1"', 30, asyncio.Future)) == '"X.2"'
+            assert etag(await watch_here.until_changed("X", read, frozenset(['"X.1"']), 30, asyncio.Future)) == '"X.2"'
 
     asyncio.run(scenario())
     assert looks[:4] == [{"X"}] * 4
@@ -267,6 +276,8 @@ def test_waiters_are_bounded_and_hold_neither_thread_nor_connection(new_database
         refused = httpx.get(f"{path}?wait=60", headers=headers)
         problem(refused, 503)
         assert refused.headers["retry-after"] == "1"
+        outdated = {"If-None-Match": headers["If-None-Match"].replace('.1"', '.0"')}
+        assert httpx.get(f"{path}?wait=60", headers=outdated).status_code == 200
         assert httpx.get(path).status_code == 200
         health = until(lambda: (h := httpx.get(f"{base}/health").json())["pool"]["busy"] == 0 and h)
         assert health["pool"]["limit"] == 2
