@@ -41,7 +41,10 @@ def path_names(request: Request) -> tuple[str, str]:
     application_name, _, name = path.partition("/configurations/")
     if "/" in application_name:
         raise HTTPException(404, "There is nothing at this path: encode a slash in an application's name as %2F.")
-    names = unquote(application_name), unquote(name)
+    try:
+        names = unquote(application_name, errors="strict"), unquote(name, errors="strict")
+    except UnicodeDecodeError:
+        raise HTTPException(404, "A name in a path is percent-encoded UTF-8.") from None
     if "\0" in "".join(names):
         raise HTTPException(404, "No name holds U+0000.")
     return names

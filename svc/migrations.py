@@ -290,10 +290,13 @@ def _connected(url: str) -> Iterator[tuple[cursor, str]]:
     try:
         connection.autocommit = True
         db = connection.cursor()
-        db.execute("SELECT quote_ident(current_schema()) || '.migrations' AS name")
-        if (table := db.fetchone()["name"]) is None:
+        db.execute("SELECT quote_ident(current_schema()) || '.migrations' AS name, getdatabaseencoding() AS encoding")
+        row = db.fetchone()
+        if row["name"] is None:
             raise SystemExit("no schema of the search_path exists, or this user may not use it")
-        yield db, table
+        if row["encoding"] != "UTF8":
+            raise SystemExit(f"the database has the encoding {row['encoding']}: make it with ENCODING 'UTF8'")
+        yield db, row["name"]
     except psycopg2.Error as error:
         raise SystemExit(_line(error)) from None
     finally:

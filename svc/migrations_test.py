@@ -780,6 +780,19 @@ def test_no_more_than_the_rights_to_the_schema_of_the_search_path_is_needed(run,
         run_sql(own_database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+def test_a_database_that_cannot_hold_every_text_is_refused(run, postgres, tmp_path):
+    write(tmp_path, numbered(1, 1))
+    name = f"test_{secrets.token_hex(8)}"
+    run_sql(postgres, f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        url = make_dsn(postgres, dbname=name)
+        message = "the database has the encoding LATIN1: make it with ENCODING 'UTF8'\n"
+        assert run(url, "up") == (1, "", message)
+        assert run_sql(url, "SELECT to_regclass('migrations') AS found") == [{"found": None}]
+    finally:
+        run_sql(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def test_a_user_who_may_not_create_tables_is_told(run, database, tmp_path):
     role = f"role_{secrets.token_hex(8)}"
     run_sql(database, f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'")

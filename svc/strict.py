@@ -55,7 +55,11 @@ class StrictRoute(APIRoute):
 
 
 def _check_query(query: bytes, known: set[str]) -> None:
-    names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
+    try:
+        names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="strict")]
+    except UnicodeDecodeError:
+        refusal = {"loc": ("query",), "msg": "Query should be percent-encoded UTF-8", "type": "not_utf8"}
+        raise RequestValidationError([refusal]) from None
     found = [
         {"loc": ("query", name), "msg": "Unknown query parameter", "type": "extra_forbidden"}
         for name in names
