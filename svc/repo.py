@@ -1,6 +1,7 @@
 """Every SQL statement of the API. Rows hold an id, a version, and the JSON to answer with."""
 
 from collections.abc import AsyncIterator, Collection, Mapping
+from itertools import batched
 from typing import Any
 
 from psycopg2.errors import UndefinedTable
@@ -368,38 +369,46 @@ async def _list(
     """`limit` rows that match, all of them without a limit, in the order of their key after the key `after`.
 
     A page begins after the last key of the one before: each takes the same time and memory, wherever it stands, and
-    rows that come or go meanwhile neither repeat nor hide another. A limited list ends with the key that was its last
-    when it was asked for.
+    rows that come or go meanwhile neither repeat nor hide another. The keys of a limited list are picked at once, so
+    that what comes while it is sent does not make it longer.
     """
-    beyond, within, direction, last = ("<", ">=", "DESC", "min") if descending else (">", "<=", "ASC", "max")
+    beyond, direction, last = ("<", "DESC", "min") if descending else (">", "ASC", "max")
     matching += f" AND (%(after)s IS NULL OR {key} {beyond} %(after)s)"
-    until, more, ending = None, False, ""
-    if limit is not None:
-        first = f"SELECT {key} {matching} ORDER BY {key} {direction} LIMIT {limit + 1}"
-        [row] = await db.fetch(f"{name}_end", f"SELECT ARRAY({first}) AS keys", params)
-        keys = row["keys"]
-        until, more = keys[:limit][-1] if keys else None, len(keys) > limit  # nothing is within NULL
-        ending = f"AND {key} {within} %(until)s"
 
-    async def pages() -> AsyncIterator[str]:
+    async def page(after: Any, keys: list[Any] | None) -> Row:
+        [row] = await db.fetch(
+            name,
+            f"""
+            SELECT count(*), {last}(page.key) AS last,
+                   string_agg(page.json, ',' ORDER BY page.key {direction}) AS json
+            FROM (
+                SELECT {key} AS key, {columns}
+                {matching} AND (%(keys)s IS NULL OR {key} = ANY(%(keys)s))
+                ORDER BY {key} {direction}
+                LIMIT {size}
+            ) AS page
+            """,
+            {**params, "after": after, "keys": keys},
+        )
+        return row
+
+    async def walked() -> AsyncIterator[str]:
         after, count = params["after"], size
         while count == size:
-            [page] = await db.fetch(
-                name,
-                f"""
-                SELECT count(*), {last}(page.key) AS last,
-                       string_agg(page.json, ',' ORDER BY page.key {direction}) AS json
-                FROM (
-                    SELECT {key} AS key, {columns}
-                    {matching} {ending}
-                    ORDER BY {key} {direction}
-                    LIMIT {size}
-                ) AS page
-                """,
-                {**params, "after": after, "until": until},
-            )
-            after, count = page["last"], page["count"]
+            row = await page(after, None)
+            after, count = row["last"], row["count"]
             if count:
-                yield page["json"]
+                yield row["json"]
 
-    return until if more else None, pages()
+    async def picked(keys: list[Any]) -> AsyncIterator[str]:
+        for some in batched(keys, size, strict=False):
+            row = await page(None, list(some))
+            if row["count"]:  # they may be gone
+                yield row["json"]
+
+    if limit is None:
+        return None, walked()
+    keys = f"SELECT {key} {matching} ORDER BY {key} {direction} LIMIT {limit + 1}"
+    [found] = await db.fetch(f"{name}_keys", f"SELECT ARRAY({keys}) AS keys", params)
+    shown = found["keys"][:limit]
+    return shown[-1] if len(found["keys"]) > limit else None, picked(shown)

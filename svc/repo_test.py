@@ -103,15 +103,18 @@ def test_reads_at_once_each_get_their_own_row(run, name):
 
 
 @pytest.mark.parametrize(("rows", "limit", "more"), [(0, 1, False), (2, 3, False), (3, 3, False), (4, 3, True)])
-def test_a_limited_list_shows_no_more_than_there_were_when_it_was_asked_for(run, application, rows, limit, more):
+def test_a_limited_list_shows_only_what_there_was_when_it_was_asked_for(run, sql, application, rows, limit, more):
     def new(number: int) -> ConfigurationCreate:
         return ConfigurationCreate(application_id=application["id"], name=f"name {number}", config={})
 
     async def work() -> None:
-        made = [(await repo.create_configuration(new(number)))["id"] for number in range(rows)]
+        made = sorted([(await repo.create_configuration(new(number)))["id"] for number in range(rows)])
         end, pages = await repo.list_configurations(None, limit, application["id"], None, None)
         for number in range(40):  # more than fit into one statement
             await repo.create_configuration(new(100 + number))
+        before_all = f"00{new_id()[2:]}"
+        insert = "INSERT INTO configurations (id, application_id, name, config) VALUES (%s, %s, 'first', '{}')"
+        sql(insert, before_all, application["id"])
         shown = [each["id"] for each in json.loads("[" + ",".join([page async for page in pages]) + "]")]
         assert (shown, end) == (made[:limit], made[limit - 1] if more else None)
 
