@@ -1,10 +1,12 @@
+import asyncio
 import json
+from typing import Any
 
 import pytest
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 
-from svc import answers
+from svc import answers, settings, watch
 
 ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 ROW = {"id": ID, "version": 7, "json": '{"é": 1}', "written": True}
@@ -41,6 +43,22 @@ def test_an_id_that_is_no_ulid_is_refused_with_its_place():
     with pytest.raises(RequestValidationError) as raised:
         answers.path_id(request(id=ID.lower()))
     assert raised.value.errors()[0]["loc"] == ("path", "id")
+
+
+@pytest.mark.parametrize(("known", "status"), [("*", 503), (f'"{ID}.6"', 200)])
+def test_beyond_the_bound_of_those_who_wait_only_they_are_refused(monkeypatch, known, status):
+    async def read(_: str) -> dict[str, Any]:
+        return ROW
+
+    monkeypatch.setattr(watch, "count", lambda: settings.load().max_waiters)
+    asked = request(headers=((b"if-none-match", known.encode()),))
+    asked.scope["query_string"] = b"wait=60"
+    if status == 200:
+        assert asyncio.run(answers.current(asked, ID, read)) is ROW
+        return
+    with pytest.raises(HTTPException) as raised:
+        asyncio.run(answers.current(asked, ID, read))
+    assert (raised.value.status_code, raised.value.headers) == (503, {"Retry-After": "1"})
 
 
 def test_what_postgresql_wrote_is_sent_as_it_is_or_not_again():
