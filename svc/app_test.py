@@ -448,7 +448,7 @@ def behind(url: str, request: Callable[[], httpx.Response], *statements: str) ->
             cursor.execute(statement)
         answer = threads.submit(request)
         blocked = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
-        until(lambda: run_sql(url, blocked, connection.info.backend_pid) or answer.done())
+        until(lambda: run_sql(url, blocked, connection.info.backend_pid))
         yield cursor, answer
 
 
@@ -462,6 +462,25 @@ def test_a_configuration_that_is_deleted_waits_for_its_application_before_it_is_
         other.execute(f"DELETE FROM applications WHERE id = '{application['id']}'")
         other.connection.commit()
         problem(answer.result(), 404)
+
+
+@pytest.mark.parametrize("write", ["rename", "restore"])
+def test_a_configuration_that_may_get_a_new_name_waits_for_its_application_before_it_is_locked_itself(
+    client, url, application, configuration, write
+):
+    """Else it and the deletion of its application would wait for each other, or it and another that gets its name."""
+    path = f"/configurations/{configuration['id']}"
+    locked = f"SELECT FROM applications WHERE id = '{application['id']}' FOR UPDATE"
+
+    def request() -> httpx.Response:
+        return client.put(path, json={"name": "n"}) if write == "rename" else client.post(f"{path}/versions/1/restore")
+
+    with behind(url, request, locked) as (other, answer):
+        other.execute(f"SELECT FROM configurations WHERE id = '{configuration['id']}' FOR UPDATE NOWAIT")
+        other.connection.commit()
+        assert answer.result().status_code == 200
+        other.execute(locked)
+        assert client.put(path, json={"config": {}}).status_code == 200  # which keeps its name, and waits for nobody
 
 
 @pytest.mark.parametrize("status", [204, 409])

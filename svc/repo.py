@@ -32,6 +32,16 @@ APPLICATION_WRITTEN = _application("configuration_ids_now(a.id)")
 # A configuration and a version are shown with every column of their tables.
 CONFIGURATION = "c.id, c.version, row_to_json(c)::text AS json"
 VERSION = "v.configuration_id AS id, v.version, row_to_json(v)::text AS json"
+# Locks its application before a configuration that goes or may get another's name, as the deletion of the application
+# does: none of them then has what another waits for.
+IN_ITS_APPLICATION = """
+    c.application_id = (
+        SELECT a.id
+        FROM applications AS a JOIN configurations AS own ON own.application_id = a.id
+        WHERE own.id = %(id)s
+        FOR NO KEY UPDATE OF a
+    )
+"""
 ADMITTED = "(%(versions)s::text[] IS NULL OR {}.version::text = ANY(%(versions)s::text[]))"
 
 
@@ -169,7 +179,7 @@ async def update_configuration(id: str, changes: ConfigurationUpdate, versions: 
         SET name = coalesce(%(name)s, c.name),
             comments = CASE WHEN %(keep_comments)s THEN c.comments ELSE %(comments)s END,
             config = coalesce(%(config)s, c.config)
-        WHERE c.id = %(id)s AND {ADMITTED.format("c")}
+        WHERE c.id = %(id)s AND {ADMITTED.format("c")} AND {IN_ITS_APPLICATION if changes.name else "true"}
         RETURNING {CONFIGURATION}
         """,
         "SELECT c.id, c.version, NULL AS json FROM configurations AS c WHERE c.id = %(id)s",
@@ -178,18 +188,11 @@ async def update_configuration(id: str, changes: ConfigurationUpdate, versions: 
 
 
 async def delete_configuration(id: str, versions: list[str] | None = None) -> Row | None:
-    """Its application is locked first, as by its own deletion: neither has what the other waits for."""
     return await _write(
         "delete_configuration",
         f"""
         DELETE FROM configurations AS c
-        WHERE c.id = %(id)s AND {ADMITTED.format("c")}
-          AND c.application_id = (
-              SELECT a.id
-              FROM applications AS a JOIN configurations AS own ON own.application_id = a.id
-              WHERE own.id = %(id)s
-              FOR NO KEY UPDATE OF a
-          )
+        WHERE c.id = %(id)s AND {ADMITTED.format("c")} AND {IN_ITS_APPLICATION}
         RETURNING c.id, c.version, NULL AS json
         """,
         "SELECT c.id, c.version, NULL AS json FROM configurations AS c WHERE c.id = %(id)s",
@@ -294,6 +297,7 @@ async def restore_version(id: str, version: int, versions: list[str] | None = No
         SET name = v.name, comments = v.comments, config = v.config
         FROM configuration_versions AS v
         WHERE c.id = %(id)s AND v.configuration_id = c.id AND v.version = %(version)s AND {ADMITTED.format("c")}
+          AND {IN_ITS_APPLICATION}
         RETURNING {CONFIGURATION}
         """,
         """
