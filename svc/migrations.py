@@ -233,7 +233,7 @@ _TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 _COMMENT = re.compile(r"/\*|\*/")
-_CONTROL = re.compile(r"(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
+_CONTROL = re.compile(r"(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION|DISCARD)\b", re.IGNORECASE)
 
 
 def _statements(name: str, text: str) -> list[tuple[int, str]]:
@@ -247,8 +247,10 @@ def _statements(name: str, text: str) -> list[tuple[int, str]]:
         if comments or word == "*/" or word.startswith("--"):
             continue
         # Semicolons stand in the body of a rule, ( … ; … ), and of an SQL function, BEGIN ATOMIC … CASE … END; … END.
-        depth += word == "(" or (previous, word) == ("BEGIN", "ATOMIC") or (depth > 0 and word == "CASE")
-        depth -= word == ")" or (depth > 0 and word == "END")
+        depth += word == "(" or (previous, word) == ("BEGIN", "ATOMIC")
+        depth -= word == ")"
+        if depth > 0 and previous != "AS":  # after which it is a column's name
+            depth += (word == "CASE") - (word == "END")
         previous = word
         if begin is None and word != ";":
             begin = token.start()
@@ -354,7 +356,7 @@ def _run(db: cursor, table: str, plan: list[tuple[Migration, str, str]], begin: 
         # What the file set for its session must reach neither the record nor the next file.
         reset = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL"
         steps = [(None, begin), *statements, (None, reset), (None, end)]
-        if text.partition("\n")[0].rstrip() != "-- no-transaction":
+        if transaction := text.partition("\n")[0].rstrip() != "-- no-transaction":
             steps = [(None, "BEGIN"), *steps, (None, "COMMIT")]
         for line, statement in steps:
             try:
@@ -363,7 +365,8 @@ def _run(db: cursor, table: str, plan: list[tuple[Migration, str, str]], begin: 
                 inside = statement.count("\n", 0, int(error.diag.statement_position or 1) - 1)
                 place = f"{name}:{line + inside}" if line else name
                 waited = f" in {statement.splitlines()[0]}" if error.pgcode == "55P03" else ""
-                raise SystemExit(f"{place}: {_line(error)}{waited}") from None
+                left = "" if transaction or not line else "; half-way now: see verify"
+                raise SystemExit(f"{place}: {_line(error)}{waited}{left}") from None
         print(f"{name} in {(time.monotonic() - started) * 1000:.0f} ms", flush=True)
     if not checked:
         print("nothing to do")
@@ -402,8 +405,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _database(url: str) -> str:
+    url = url.strip()
     try:
-        settings.check_database(SecretStr(url.strip() or "="))  # "" would be libpq's default, which nobody named
+        settings.check_database(SecretStr(url or "="))  # "" would be libpq's default, which nobody named
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
     return url

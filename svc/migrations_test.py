@@ -431,6 +431,8 @@ REFUSED = {
         ("behind strings", "SELECT 'it''s;', E'\\';', \"a\"\"b;\", $$;$$, $x$;$$;$x$;\nCOMMIT", 3, "COMMIT"),
         ("behind CASE", "SELECT CASE WHEN true THEN 1 END;\nCOMMIT", 3, "COMMIT"),
         ("outside a transaction", "COMMIT", 2, "COMMIT"),
+        ("behind columns named as words", "SELECT (SELECT 1 AS case), (SELECT 1 AS end);\nCOMMIT", 3, "COMMIT"),
+        ("what would unlock the runner", "DISCARD ALL", 2, "DISCARD"),
     ]
 }
 
@@ -592,7 +594,7 @@ def test_an_index_is_built_concurrently_outside_a_transaction(run, database, tmp
 def half_way(run, database, tmp_path):
     """The two statements that `up` offers once a file broke half-way."""
     write(tmp_path, {"0001_breaks.sql": BREAKS, "0002_later.sql": "CREATE TABLE later ();"})
-    assert run(database, "up") == (1, "", "0001_breaks.sql:4: 22012: division by zero\n")
+    assert run(database, "up") == (1, "", "0001_breaks.sql:4: 22012: division by zero; half-way now: see verify\n")
     assert tables(database) == ["a"]
     [first, second] = json.loads(run(database, "status", "--json").out)
     assert (first["state"], first["seconds"], second["state"]) == ("half-way", None, "pending")
@@ -622,7 +624,8 @@ def test_a_file_that_broke_half_way_is_applied_once_its_record_is_completed(run,
 def test_a_down_file_that_breaks_half_way_is_told(run, database, tmp_path):
     write(tmp_path, numbered(1, 1) | {"0001_t1.down.sql": "-- no-transaction\nDROP TABLE t1;\nDROP TABLE t1;"})
     assert run(database, "up").code == 0
-    assert run(database, "down") == (1, "", '0001_t1.down.sql:3: 42P01: table "t1" does not exist\n')
+    message = '0001_t1.down.sql:3: 42P01: table "t1" does not exist; half-way now: see verify\n'
+    assert run(database, "down") == (1, "", message)
     assert "half-way" in run(database, "status").out
     assert "DELETE FROM migrations WHERE version = 1;" in run(database, "down").err
 
@@ -885,7 +888,7 @@ def test_the_database_is_the_one_of_the_environment_unless_another_is_given(data
     write(tmp_path, numbered(1, 1))
     with process(database, tmp_path) as runner:
         assert end_of(runner)[::2] == (0, "")
-    with process(own_database, tmp_path, "status", "--database-url", database) as runner:
+    with process(own_database, tmp_path, "status", "--database-url", f" {database}\n") as runner:
         assert end_of(runner).code == 0
     with process(None, tmp_path, "status") as runner:
         ended = end_of(runner)
