@@ -132,7 +132,8 @@ def many(new_database):
             SELECT '01ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'), 'name ' || n FROM generate_series(0, 99) AS n;
             INSERT INTO configurations (id, application_id, name, config)
             SELECT '02ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'),
-                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'), 'name ' || n, '{}'
+                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'), 'name ' || n,
+                   jsonb_build_object('number', n)
             FROM generate_series(0, 999) AS n;
             ANALYZE
             """,
@@ -152,14 +153,18 @@ def test_a_read_by_name_looks_at_one_row_however_many_have_the_application_or_th
     )
 
 
-def test_a_list_by_name_reads_only_what_has_the_name(many, run):
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize(
+    ("index", "name", "contains"),
+    [("configurations_name_idx", "name 500", None), ("configurations_config_idx", None, '{"number": 500}')],
+)
+def test_a_list_by_name_or_by_content_is_read_by_its_index(many, run, index, name, contains, limit):
     def scans() -> int:
-        index = "indexrelname = 'configurations_name_idx'"
-        [row] = run_sql(many, f"SELECT idx_scan FROM pg_stat_user_indexes WHERE {index}")
+        [row] = run_sql(many, "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = %s", index)
         return row["idx_scan"]
 
     async def work() -> list[str]:
-        _, pages = await repo.list_configurations(None, None, None, "name 500", None)
+        _, pages = await repo.list_configurations(None, limit, None, name, contains)
         return [page async for page in pages]
 
     before = scans()
