@@ -8,73 +8,68 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from urllib.parse import unquote
 
+import psycopg2
 import uvicorn
-from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator
 
 from svc import db, errors, migrations, models, repo, settings, watch
-from svc.answers import PREFIX, admitted, created, current, deleted, listed, path_id, path_names, shown, written
-from svc.errors import problem, responses
-from svc.models import (
-    ULID_PATTERN,
-    Application,
-    ApplicationCreate,
-    ApplicationUpdate,
-    Configuration,
-    ConfigurationCreate,
-    ConfigurationUpdate,
-    ConfigurationVersion,
-    Health,
-    Id,
-    Name,
-)
-from svc.strict import StrictRoute, ended, guarded
+from svc.errors import problem, problems
+from svc.middleware import Route, middleware
+from svc.responses import created, deleted, document, read_or_wait, stream_list, written
 
-IMMUTABLE = "max-age=31536000, immutable"
+MERGE_PATCH = "application/merge-patch+json"
 
-PathId = Annotated[Id, Path()]
-Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION)]
-After = Annotated[Id | None, Query(description="Only what comes after this id.")]
-Before = Annotated[int | None, Query(ge=1, le=models.MAX_VERSION, description="Only what is older than this version.")]
-Limit = Annotated[int | None, Query(ge=1, le=1000, description="At most so many; the Link header names the next.")]
-OfApplication = Annotated[Id | None, Query(description="Only those of this application.")]
-NameFilter = Annotated[Name | None, Query(description="Only those with exactly this name.")]
-Contains = Annotated[
-    str | None, Query(description="Only those whose config contains this JSON object.", examples=['{"port": 5432}'])
+PathId = Annotated[str, Path(pattern=models.ULID_PATTERN)]  # python-ulid would take 9 µs
+PathName = Annotated[
+    models.Name, BeforeValidator(lambda sent: unquote(sent, errors="strict")), Path(description="Percent-encoded.")
 ]
+Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION)]
+When = Annotated[models.Conditions, Header()]
+IfNoneMatch = Annotated[models.WeakETags, Header(description="Answer 304 if one of these is the current ETag, or *.")]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
+Wait = Annotated[
+    float | None,
+    Query(ge=0, le=60, description="With If-None-Match: seconds to wait for a change before the answer is 304."),
+]
+Patch = Annotated[models.ConfigurationUpdate, Body(media_type=MERGE_PATCH)]
+
+NO_APPLICATION = "There is no application with this id."
+NO_APPLICATION_NAMED = "There is no application with this name."
+NO_CONFIGURATION = "There is no configuration with this id."
+NO_VERSION = "There is no such version to restore: see the list of versions, and that the application exists."
 
 
-def header(name: str, description: str) -> dict[str, Any]:
-    return {name: {"description": description, "schema": {"type": "string"}}}
+def headers(**descriptions: str) -> dict[str, Any]:
+    shown = {name: {"description": text, "schema": {"type": "string"}} for name, text in descriptions.items()}
+    return {"headers": shown}
 
 
-def parameter(name: str, place: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": place, "description": description, "schema": schema, "required": place == "path"}
+ETAG = "Strong. It differs for every state that is ever stored."
+LIST = {200: headers(Link='rel="next", while there is more')}
+READ = {200: headers(ETag=ETAG), 304: {"description": "Not Modified", **headers(ETag=ETAG)}} | problems(404)
+CREATE = {201: headers(ETag=ETAG, Location="Where it can be read")} | problems(408, 409, 413)
+DELETE = problems(404, 412)
+WRITE = {200: headers(ETag=ETAG)} | problems(404, 409, 412)
+UPDATE = WRITE | problems(408, 413)
+PATCH = UPDATE | problems(415)
 
 
-ETAG = header("ETag", "The id and the version, strong")
-LOCATION = header("Location", "Where it can be read")
-LINK = header("Link", 'rel="next", while there is more')
-WRITTEN = {200: {"headers": ETAG}}
-SHOWN = WRITTEN | {304: {"description": "Not Modified: If-None-Match names what is stored.", "headers": ETAG}}
+def check_patch(request: Request) -> None:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != MERGE_PATCH:
+        raise HTTPException(415, f"A patch is sent as {MERGE_PATCH}.", {"Accept-Patch": MERGE_PATCH})
 
-# The routes take these from the request itself: FastAPI's own way costs 15 to 35 µs for each.
-PATH_ID = parameter("id", "path", "A ULID", {"type": "string", "pattern": ULID_PATTERN})
-IF_NONE_MATCH = parameter(
-    "If-None-Match", "header", "Answer 304 if one of these ETags is the stored one's, or *.", {"type": "string"}
-)
-IF_MATCH = parameter(
-    "If-Match", "header", "Write only if one of these ETags is the stored one's, or *.", {"type": "string"}
-)
-CONDITIONAL = {"parameters": [PATH_ID, IF_MATCH]}
-WAIT = parameter(
-    "wait",
-    "query",
-    "With If-None-Match: so many seconds to wait for a change before the answer is 304.",
-    {"type": "number", "minimum": 0, "maximum": 60},
-)
+
+PATCH_ONLY = [Depends(check_patch)]
+
+
+def missing_name(row: db.Row) -> str:
+    found = row.get("application_id")
+    return "This application has no configuration with this name." if found else NO_APPLICATION_NAMED
 
 
 @asynccontextmanager
@@ -89,178 +84,209 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-api = APIRouter(prefix=PREFIX, route_class=StrictRoute)
+api = "/api/v1"
+applications = APIRouter(prefix=f"{api}/applications", tags=["applications"], route_class=Route)
+configurations = APIRouter(prefix=f"{api}/configurations", tags=["configurations"], route_class=Route)
+named = APIRouter(
+    prefix=f"{api}/applications/{{application_name}}/configurations", tags=["configurations"], route_class=Route
+)
+versions = APIRouter(prefix=f"{api}/configurations/{{id}}/versions", tags=["versions"], route_class=Route)
+changes = APIRouter(prefix=f"{api}/changes", tags=["versions"], route_class=Route)
+operation = APIRouter(tags=["operation"], route_class=Route)
 
 
 # --- Applications ---
 
 
-@api.post(
-    "/applications",
-    status_code=201,
-    response_model=Application,
-    responses=responses(400, 408, 409, 413) | {201: {"headers": ETAG | LOCATION}},
-)
-async def create_application(new: ApplicationCreate) -> Response:
-    return created("applications", await repo.create_application(new))
+@applications.post("", status_code=201, response_model=models.Application, responses=CREATE)
+async def create_application(request: Request, new: models.ApplicationCreate) -> Response:
+    """Add an application. Its name must be free."""
+    return created(request, await repo.create_application(new))
 
 
-@api.get("/applications", response_model=list[Application], responses=responses(400) | {200: {"headers": LINK}})
-async def list_applications(after: After = None, limit: Limit = None, name: NameFilter = None) -> Response:
-    listing = await repo.list_applications(after, limit, name)
-    return await listed("applications", listing, "after", {"limit": limit, "name": name})
+@applications.get("", response_model=list[models.Application], responses=LIST)
+async def list_applications(request: Request, wanted: Annotated[models.ApplicationFilter, Query()]) -> Response:
+    """All applications, ordered by id."""
+    return await stream_list(request, repo.list_applications(wanted), wanted)
 
 
-@api.get(
-    "/applications/{id}",
-    response_model=Application,
-    responses=responses(400, 404) | SHOWN,
-    openapi_extra={"parameters": [PATH_ID, IF_NONE_MATCH]},
-)
-async def read_application(request: Request) -> Response:
-    return shown(request, await repo.read_application(path_id(request)), "There is no application with this id.")
+@applications.get("/{id}", response_model=models.Application, responses=READ)
+async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch = ()) -> Response:
+    """One application, with the ids of its configurations."""
+    return document(await repo.read_application(id), NO_APPLICATION, if_none_match)
 
 
-@api.put(
-    "/applications/{id}",
-    response_model=Application,
-    responses=responses(400, 404, 408, 409, 412, 413) | WRITTEN,
-    openapi_extra=CONDITIONAL,
-)
-async def update_application(request: Request, changes: ApplicationUpdate) -> Response:
-    id = path_id(request)
-    return written(await repo.update_application(id, changes, admitted(request, id)), "application")
+@applications.put("/{id}", response_model=models.Application, responses=UPDATE)
+async def update_application(id: PathId, when: When, changes: models.ApplicationUpdate) -> Response:
+    """Change the fields that are present, and keep the others."""
+    return written(await repo.update_application(id, changes, when), NO_APPLICATION, when)
 
 
-@api.delete(
-    "/applications/{id}",
-    status_code=204,
-    responses=responses(400, 404, 408, 409, 412, 413),
-    openapi_extra=CONDITIONAL,
-)
-async def delete_application(request: Request, cascade: Cascade = False) -> Response:
-    id = path_id(request)
-    versions = admitted(request, id)
-    row = await repo.delete_application(id, cascade, versions)
-    if row and not row["written"] and (versions is None or str(row["version"]) in versions):
-        raise HTTPException(
-            409, f"The application has configurations ({row['json']}): delete them, or add ?cascade=true."
-        )
-    return deleted(row, "application")
-
-
-@api.get(
-    "/applications/{application_name:text}/configurations/{name:text}",
-    response_model=Configuration,
-    responses=responses(400, 404) | SHOWN,
-    openapi_extra={
-        "parameters": [
-            parameter("application_name", "path", "Percent-encoded", {"type": "string"}),
-            parameter("name", "path", "Percent-encoded; it may hold slashes", {"type": "string"}),
-            IF_NONE_MATCH,
-            WAIT,
-        ]
-    },
-)
-async def read_configuration_by_name(request: Request) -> Response:
-    row = await current(request, path_names(request), repo.read_configuration_by_name)
-    missing = "This application has no configuration with this name."
-    return shown(request, row, missing if row["application_id"] else "There is no application with this name.")
+@applications.delete("/{id}", status_code=204, responses=DELETE | problems(409))
+async def delete_application(id: PathId, when: When, cascade: Cascade = False) -> Response:
+    """Remove an application that has no configurations, or any with `cascade`."""
+    row = await repo.delete_application(id, cascade, when)
+    if row and not row["written"] and repo.conditions_hold(row, when):
+        raise HTTPException(409, "The application has configurations: delete them, or add ?cascade=true.")
+    return deleted(row, NO_APPLICATION, when)
 
 
 # --- Configurations ---
 
 
-@api.post(
-    "/configurations",
-    status_code=201,
-    response_model=Configuration,
-    responses=responses(400, 408, 409, 413) | {201: {"headers": ETAG | LOCATION}},
-)
-async def create_configuration(new: ConfigurationCreate) -> Response:
-    return created("configurations", await repo.create_configuration(new))
+@configurations.post("", status_code=201, response_model=models.Configuration, responses=CREATE)
+async def create_configuration(request: Request, new: models.ConfigurationCreate) -> Response:
+    """Add a configuration to an application. Its name must be free there."""
+    return created(request, await repo.create_configuration(new))
 
 
-@api.get("/configurations", response_model=list[Configuration], responses=responses(400) | {200: {"headers": LINK}})
-async def list_configurations(
-    after: After = None,
-    limit: Limit = None,
-    application_id: OfApplication = None,
-    name: NameFilter = None,
-    contains: Contains = None,
+@configurations.get("", response_model=list[models.Configuration], responses=LIST)
+async def list_configurations(request: Request, wanted: Annotated[models.ConfigurationFilter, Query()]) -> Response:
+    """All configurations, ordered by id, or those that match."""
+    return await stream_list(request, repo.list_configurations(wanted), wanted)
+
+
+@configurations.get("/{id}", response_model=models.Configuration, responses=READ)
+async def read_configuration(
+    request: Request, id: PathId, if_none_match: IfNoneMatch = (), wait: Wait = None
 ) -> Response:
-    document = None if contains is None else models.parse_document(contains, ("query", "contains"))
-    listing = await repo.list_configurations(after, limit, application_id, name, document)
-    query = {"limit": limit, "application_id": application_id, "name": name, "contains": contains}
-    return await listed("configurations", listing, "after", query)
+    """One configuration."""
+    return document(await read_or_wait(request, id, if_none_match, wait), NO_CONFIGURATION, if_none_match)
 
 
-@api.get(
-    "/configurations/{id}",
-    response_model=Configuration,
-    responses=responses(400, 404) | SHOWN,
-    openapi_extra={"parameters": [PATH_ID, IF_NONE_MATCH, WAIT]},
-)
-async def read_configuration(request: Request) -> Response:
-    row = await current(request, path_id(request), repo.read_configuration)
-    return shown(request, row, "There is no configuration with this id.")
+@configurations.put("/{id}", response_model=models.Configuration, responses=UPDATE)
+async def update_configuration(id: PathId, when: When, changes: models.ConfigurationUpdate) -> Response:
+    """Change the fields that are present, and keep the others. `config` is replaced whole."""
+    return written(await repo.update_configuration(id, changes, when), NO_CONFIGURATION, when)
 
 
-@api.put(
-    "/configurations/{id}",
-    response_model=Configuration,
-    responses=responses(400, 404, 408, 409, 412, 413) | WRITTEN,
-    openapi_extra=CONDITIONAL,
-)
-async def update_configuration(request: Request, changes: ConfigurationUpdate) -> Response:
-    id = path_id(request)
-    return written(await repo.update_configuration(id, changes, admitted(request, id)), "configuration")
+@configurations.patch("/{id}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
+async def patch_configuration(id: PathId, when: When, changes: Patch) -> Response:
+    """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
+    return written(await repo.update_configuration(id, changes, when, merge=True), NO_CONFIGURATION, when)
 
 
-@api.delete(
-    "/configurations/{id}",
-    status_code=204,
-    responses=responses(400, 404, 408, 412, 413),
-    openapi_extra=CONDITIONAL,
-)
-async def delete_configuration(request: Request) -> Response:
-    id = path_id(request)
-    return deleted(await repo.delete_configuration(id, admitted(request, id)), "configuration")
+@configurations.delete("/{id}", status_code=204, responses=DELETE)
+async def delete_configuration(id: PathId, when: When) -> Response:
+    """Remove a configuration. Its versions are kept."""
+    return deleted(await repo.delete_configuration(id, when), NO_CONFIGURATION, when)
+
+
+# --- Configurations by name, for programs and pipelines, which know names and not ids ---
+
+
+@named.get("", response_model=list[models.Configuration], responses=LIST | problems(404))
+async def list_configurations_by_name(
+    request: Request, application_name: PathName, wanted: Annotated[models.NamedFilter, Query()]
+) -> Response:
+    """All configurations of one application, ordered by id, or those that match."""
+    id = await repo.find_application(application_name)
+    if id is None:
+        raise HTTPException(404, NO_APPLICATION_NAMED)
+    found = repo.list_configurations(models.ConfigurationFilter(application_id=id, **dict(wanted)))
+    return await stream_list(request, found, wanted)
+
+
+@named.get("/{name:path}", response_model=models.Configuration, responses=READ)
+async def read_configuration_by_name(
+    request: Request, application_name: PathName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
+) -> Response:
+    """One configuration by the names of its application and its own."""
+    row = await read_or_wait(request, (application_name, name), if_none_match, wait)
+    return document(row, missing_name(row), if_none_match)
+
+
+@named.put("/{name:path}", response_model=models.Configuration, responses=UPDATE | CREATE)
+async def put_configuration(
+    request: Request, application_name: PathName, name: PathName, when: When, new: models.ConfigurationPut
+) -> Response:
+    """Replace a configuration, or create it. `If-None-Match: *` creates only."""
+    row = await repo.put_configuration((application_name, name), new, when)
+    if row["written"] and row["created"]:
+        return created(request, row)
+    if not row["etag"] and row["application_id"]:
+        raise HTTPException(412, "There is no configuration with this name: leave If-Match out to create it.")
+    return written(row, NO_APPLICATION_NAMED, when)
+
+
+@named.patch("/{name:path}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
+async def patch_configuration_by_name(
+    application_name: PathName, name: PathName, when: When, changes: Patch
+) -> Response:
+    """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
+    row = await repo.update_configuration((application_name, name), changes, when, merge=True)
+    return written(row, missing_name(row), when)
+
+
+@named.delete("/{name:path}", status_code=204, responses=DELETE)
+async def delete_configuration_by_name(application_name: PathName, name: PathName, when: When) -> Response:
+    """Remove a configuration. Its versions are kept."""
+    row = await repo.delete_configuration((application_name, name), when)
+    return deleted(row, missing_name(row), when)
 
 
 # --- Versions of configurations ---
 
 
-@api.get(
-    "/configurations/{id}/versions",
-    response_model=list[ConfigurationVersion],
-    responses=responses(400, 404) | {200: {"headers": LINK}},
-)
-async def list_versions(id: PathId, before: Before = None, limit: Limit = None) -> Response:
-    listing = await repo.list_versions(id, before, limit)
-    if listing is None:
+@versions.get("", response_model=list[models.ConfigurationVersion], responses=LIST | problems(404))
+async def list_versions(request: Request, id: PathId, wanted: Annotated[models.VersionFilter, Query()]) -> Response:
+    """Every version of a configuration, newest first, also after its deletion."""
+    if not await repo.has_versions(id):
         raise HTTPException(404, "There never was a configuration with this id.")
-    return await listed(f"configurations/{id}/versions", listing, "before", {"limit": limit})
+    return await stream_list(request, repo.list_versions(id, wanted), wanted)
 
 
-@api.get("/configurations/{id}/versions/{version}", response_model=ConfigurationVersion, responses=responses(400, 404))
+@versions.get("/{version}", response_model=models.ConfigurationVersion, responses=problems(404))
 async def read_version(id: PathId, version: Version) -> Response:
+    """One version of a configuration."""
     row = await repo.read_version(id, version)
     if row is None:
         raise HTTPException(404, "There is no such version of a configuration with this id.")
-    return Response(row["json"], headers={"Cache-Control": IMMUTABLE}, media_type="application/json")
+    return Response(row["json"], media_type="application/json")
 
 
-@api.post(
-    "/configurations/{id}/versions/{version}/restore",
-    response_model=Configuration,
-    responses=responses(400, 404, 408, 409, 412, 413) | WRITTEN,
-    openapi_extra=CONDITIONAL,
-)
-async def restore_version(request: Request, version: Version) -> Response:
-    id = path_id(request)
-    row = await repo.restore_version(id, version, admitted(request, id))
-    return written(row, "configuration, or none of this version,")
+@versions.post("/{version}/restore", response_model=models.Configuration, responses=WRITE)
+async def restore_version(id: PathId, version: Version, when: When) -> Response:
+    """Make the name, the comments and the config of a version the newest again, also of a deleted configuration."""
+    row = await repo.restore_version(id, version, when)
+    if row and not row["written"] and repo.conditions_hold(row, when):
+        raise HTTPException(404, NO_VERSION)
+    return written(row, NO_VERSION, when)
+
+
+@changes.get("", response_model=list[models.ChangeEntry], responses=LIST)
+async def list_changes(request: Request, wanted: Annotated[models.ChangeFilter, Query()]) -> Response:
+    """Who changed what, newest first, without the documents."""
+    return await stream_list(request, repo.list_changes(wanted), wanted)
+
+
+# --- The service itself ---
+
+
+@operation.get("/health", response_model=models.Health)
+async def health() -> Response:
+    """200 if the database answers, takes writes, and has the schema and the grants that this code needs."""
+    try:
+        found = await repo.read_state()
+    except psycopg2.Error as error:
+        wrong = errors.reason(error)
+    else:
+        wrong = (
+            (found["read_only"] and "the database is read-only")
+            or migrations.health(found["migrations"])
+            or (found["missing_grants"] and f"a grant is missing: {', '.join(found['missing_grants'])}")
+        )
+    if wrong:
+        return problem(503, f"Not ready: {wrong}.", errors.RETRY_AFTER)
+    return JSONResponse(
+        {"status": "ok", "schema_version": max(found["migrations"]), "pool": db.use(), "waiters": watch.count()}
+    )
+
+
+@operation.get("/health/live")
+async def health_live() -> dict[str, str]:
+    """200 while the process serves. It never asks the database."""
+    return {"status": "ok"}
 
 
 app = FastAPI(
@@ -269,42 +295,23 @@ app = FastAPI(
     description="Applications and their configurations (JSON documents), kept in PostgreSQL.",
     lifespan=lifespan,
     redirect_slashes=False,
+    generate_unique_id_function=lambda route: route.name,
+    responses=problems(400, 401, 403, 503) | {"default": {"description": "Any other error"}},
+    exception_handlers=errors.HANDLERS,
 )
-app.router.route_class = StrictRoute
-app.include_router(api)
+for router in (applications, configurations, named, versions, changes, operation):
+    app.include_router(router)
+DOCUMENTED = list(app.routes)
 # Routes are matched in their order: first those that are asked most.
-HOT = (read_configuration, read_configuration_by_name, read_application, update_configuration)
-app.router.routes.sort(key=lambda route: HOT.index(route.endpoint) if route.endpoint in HOT else len(HOT))
-app.add_middleware(guarded)
-app.add_middleware(ended)
-errors.install(app)
-
-
-@app.get("/", include_in_schema=False)
-async def root() -> Response:
-    return RedirectResponse("/docs")
-
-
-@app.get("/health", response_model=Health, responses=responses(400), tags=["health"])
-async def health() -> Response:
-    """200 if the database answers, takes writes, and has the schema that this code needs."""
-    state = await repo.read_state()
-    if wrong := "the database is read-only" if state["read_only"] else migrations.health(state["migrations"]):
-        return problem(503, f"Not ready: {wrong}.", errors.RETRY_AFTER)
-    return JSONResponse(
-        {"status": "ok", "schema_version": max(state["migrations"]), "pool": db.use(), "waiters": watch.count()}
-    )
-
-
-@app.get("/health/live", responses=responses(400), tags=["health"])
-async def health_live() -> dict[str, str]:
-    """200 while the process serves. It never asks the database."""
-    return {"status": "ok"}
+app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
+app.add_middleware(middleware)
 
 
 def openapi() -> dict[str, Any]:
     if app.openapi_schema is None:
-        errors.describe(FastAPI.openapi(app))  # which keeps the document that is changed here
+        app.openapi_schema = errors.describe(
+            get_openapi(title=app.title, version=app.version, description=app.description, routes=DOCUMENTED)
+        )
     return app.openapi_schema
 
 
@@ -340,6 +347,8 @@ def serve(config: settings.Settings, **options: Any) -> None:
         port=config.port,
         log_level=config.level.lower(),
         timeout_graceful_shutdown=config.shutdown_timeout,
+        timeout_keep_alive=75,  # longer than the load balancer's, which else sends into a closing connection
+        access_log=False,  # the middleware logs
         ws="none",
         **options,
     )

@@ -5,18 +5,15 @@ import logging
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
-from threading import Lock
 from time import monotonic
-from types import SimpleNamespace
 from typing import Any
 
 import psycopg2
 from psycopg2 import errors
-from psycopg2.extensions import connection, make_dsn, parse_dsn
+from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import RealDictCursor
 from psycopg2.pool import ThreadedConnectionPool
 
@@ -30,11 +27,10 @@ Row = dict[str, Any]
 BATCH = 64
 
 _settings: Settings
-_url: str
 _pool: ThreadedConnectionPool
 _executor: ThreadPoolExecutor
-_pending = 0  # statements at work or waiting
-_ending = Lock()  # held while a job takes or leaves its connection: none is shut down under another's statement
+_half: asyncio.Semaphore
+_jobs: set[object] = set()  # the statements that somebody waits for: each is the key of its connection in the pool
 
 
 @asynccontextmanager
@@ -43,15 +39,17 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
 
     A database that is away does not stop the start: one line in the log says so, and each statement tries again.
     """
-    global _settings, _url, _pool, _executor
-    _settings, _url = settings, _dsn(settings)
-    _pool = ThreadedConnectionPool(0, settings.db_max_connections)
-    _pool.minconn = settings.db_max_connections  # how many the pool keeps when they come back
-    _executor = ThreadPoolExecutor(settings.db_max_connections, thread_name_prefix="db")
+    global _settings, _pool, _executor, _half
+    _settings, limit = settings, settings.db_max_connections
+    _pool = ThreadedConnectionPool(0, limit, cursor_factory=RealDictCursor, **_parameters(settings))
+    _half = asyncio.Semaphore(max(1, limit // 2))
+    _pool.minconn = limit  # how many it keeps when they come back
+    _executor = ThreadPoolExecutor(limit, thread_name_prefix="db")
+    run = asyncio.get_running_loop().run_in_executor
     try:
-        async with asyncio.timeout(settings.db_deadline):
-            await asyncio.get_running_loop().run_in_executor(_executor, _warm, settings.db_min_connections)
-        log.info("pool open: at most %d connections", settings.db_max_connections)
+        made = asyncio.gather(*(run(_executor, _pool._connect) for _ in range(settings.db_min_connections)))
+        await asyncio.wait_for(made, settings.db_deadline)
+        log.info("pool open: at most %d connections", limit)
     except (psycopg2.Error, TimeoutError) as error:
         log.error("database unavailable, the service starts without it: %s", one_line(error))
     try:
@@ -62,193 +60,142 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
         log.info("pool closed")
 
 
-def _dsn(settings: Settings) -> str:
+def _parameters(settings: Settings) -> dict[str, Any]:
     """DATABASE_URL with what every connection has; what the URL itself says wins."""
     given = parse_dsn(settings.database())
-    options = f"-c timezone=UTC -c statement_timeout={settings.db_statement_timeout * 1000:.0f}"
-    options += f" -c lock_timeout={settings.db_lock_timeout * 1000:.0f} {given.get('options', '')}"
-    defaults = {
-        "application_name": "config-service",
-        "connect_timeout": settings.db_connect_timeout,
-        # Seconds of TCP: firewalls forget silent connections, and a host that vanished says nothing.
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-    }
-    always = {"client_encoding": "UTF8", "options": options}  # names are in any script
-    return make_dsn(**{**defaults, **given, **always})
-
-
-def _connect() -> connection:
-    made = psycopg2.connect(_url, cursor_factory=RealDictCursor)
-    made.autocommit = True
-    return made
-
-
-def _warm(count: int) -> None:
-    while len(_pool._pool) + len(_pool._used) < count:
-        _pool._pool.append(_connect())
+    limits = f"-c statement_timeout={settings.db_statement_timeout}s -c lock_timeout={settings.db_lock_timeout}s"
+    given["options"] = f"-c timezone=UTC {limits} {given.get('options', '')}"
+    given.setdefault("connect_timeout", settings.db_connect_timeout)
+    # Names are in any script, and firewalls forget connections that are silent for long.
+    return {"application_name": "config-service", "keepalives_idle": 30, **given, "client_encoding": "UTF8"}
 
 
 def use() -> dict[str, int]:
     """How much of the pool is in use now."""
-    return {
-        "busy": len(_pool._used),
-        "idle": len(_pool._pool),
-        "limit": _settings.db_max_connections,
-        "queued": max(_pending - len(_pool._used), 0),
-    }
+    busy, idle = len(_pool._used), len(_pool._pool)
+    return {"busy": busy, "idle": idle, "limit": _pool.maxconn, "queued": max(len(_jobs) - busy, 0)}
 
 
-def renew() -> None:
-    """Close every idle connection: they lead to where the service should not stay, so the next ones are new."""
-    with _pool._lock:
-        idle, _pool._pool[:] = _pool._pool[:], []
-    for each in idle:
-        each.close()
+def renew(job: object = None) -> None:
+    """Cut off every idle connection, or that of a job: who waits for the server wakes, and _lend() replaces it.
+
+    Every idle one: they lead to where the service should not stay. From outside: closing would wait for the statement.
+    """
+    with _pool._lock:  # so that none is cut off under another job
+        for each in _pool._pool if job is None else filter(None, [_pool._used.get(job)]):
+            with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(each.fileno())) as wire:
+                wire.shutdown(socket.SHUT_RDWR)
 
 
 async def fetch(name: str, statement: str, params: Mapping[str, Any], within: float | None = None) -> list[Row]:
     """The rows of one statement, which is a transaction of its own. `name` is what the log calls it.
 
     Raises psycopg2.OperationalError at once if the queue is full, and after `within` seconds (DB_DEADLINE unless told
-    otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is closed.
+    otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is cut off.
     """
-    global _pending
-    if _pending >= _settings.db_queue_limit:
+    if len(_jobs) >= _settings.db_queue_limit:
         raise psycopg2.OperationalError("the queue for the database is full")
-    job = SimpleNamespace(name=name, statement=statement, params=params, connection=None, abandoned=False)
-    _pending += 1
+    job = object()
+    _jobs.add(job)
     try:
-        async with asyncio.timeout(_settings.db_deadline if within is None else within):
-            try:
-                return await _submit(job)
-            except (errors.DeadlockDetected, errors.SerializationFailure):
-                return await _submit(job)  # undone as a whole, so it may run again
+        work = asyncio.get_running_loop().run_in_executor(_executor, _execute, job, name, statement, params)
+        return await asyncio.wait_for(work, within or _settings.db_deadline)
     except TimeoutError:
-        if job.connection is not None:
-            renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
+        renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
         raise psycopg2.OperationalError("the database did not answer in time") from None
-    finally:
-        _pending -= 1
-        _abandon(job)
-
-
-def _submit(job: SimpleNamespace) -> asyncio.Future[list[Row]]:
-    """What a thread will bring: as loop.run_in_executor does it, but straight to the future, which saves 25 µs."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[Row]] = loop.create_future()
-
-    def work() -> None:
-        try:
-            settle, outcome = future.set_result, _execute(job)
-        except BaseException as error:
-            settle, outcome = future.set_exception, error
-        loop.call_soon_threadsafe(lambda: future.done() or settle(outcome))
-
-    _executor.submit(work)
-    return future
-
-
-def _execute(job: SimpleNamespace) -> list[Row]:
-    if job.abandoned:
-        raise psycopg2.OperationalError("abandoned before it began")
-    lent = _lend()
-    started = monotonic()
-    healthy = False
-    try:
-        with _ending:
-            if job.abandoned:
-                healthy = True
-                raise psycopg2.OperationalError("abandoned before it began")
-            job.connection = lent
-        with lent.cursor() as cursor:
-            cursor.execute(job.statement, job.params)
-            rows = cursor.fetchall()
-        healthy = True
-        return rows
-    except (psycopg2.IntegrityError, psycopg2.DataError):
-        healthy = True
+    except errors.ReadOnlySqlTransaction:
+        renew()  # all lead to a server that became a standby, or was one
         raise
     finally:
-        with _ending:
-            job.connection = None
-        # After any other error the connection goes too: it may be lost, or lead to a server that became a standby.
-        _pool.putconn(lent, close=not healthy)
+        _jobs.remove(job)
+        renew(job)
+
+
+@asynccontextmanager
+async def turn(semaphore: asyncio.Semaphore) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(_settings.db_deadline):
+            await semaphore.acquire()
+    except TimeoutError:
+        raise psycopg2.OperationalError("too many lists") from None
+    try:
+        yield
+    finally:
+        semaphore.release()
+
+
+async def fetch_page(name, statement, params):
+    async with turn(_half):
+        return await fetch(name, statement, params)
+
+
+def is_outage(error):
+    return isinstance(error, psycopg2.OperationalError)
+
+
+def _execute(job: object, name: str, statement: str, params: Mapping[str, Any]) -> list[Row]:
+    lent = _lend(job)
+    started = monotonic()
+    try:
+        # fetch() removes the job before it looks for the connection: it finds that, or this finds the job gone.
+        if job not in _jobs:
+            raise psycopg2.OperationalError("given up before it began")
+        lent.autocommit = True
+        cursor = lent.cursor()
+        try:
+            cursor.execute(statement, params)
+        except (errors.DeadlockDetected, errors.SerializationFailure):
+            cursor.execute(statement, params)  # undone as a whole, so it may run again
+        return cursor.fetchall()
+    finally:
+        _pool.putconn(lent, job)  # which closes it if it is lost
         seconds = monotonic() - started
-        if seconds >= _settings.db_slow_statement:
-            log.warning("slow statement: %s took %.3f s", job.name, seconds)
-        else:
-            log.debug("statement: %s took %.4f s", job.name, seconds)
+        level = logging.WARNING if seconds >= _settings.db_slow_statement else logging.DEBUG
+        log.log(level, "%s took %.4f s", name, seconds)
 
 
-def _lend() -> connection:
+def _lend(job: object) -> connection:
     """An idle connection, or a new one. An idle one that is readable was closed by the server, and is replaced."""
     while True:
         with _pool._lock:
-            lent = _pool._getconn() if _pool._pool else None
+            lent = _pool._getconn(job) if _pool._pool else None
         if lent is None:
-            # getconn() would hold the pool's lock while it connects: one silent host would hold up every thread.
-            made = _connect()
-            with _pool._lock:  # so that no other thread takes it
-                _pool._pool.append(made)
-                return _pool._getconn()
-        if _readable(lent):
-            _pool.putconn(lent, close=True)
-        else:
+            return _pool._connect(job)  # not by getconn(), whose lock one silent host would hold against every thread
+        poll = select.poll()  # select.select() cannot take descriptors above 1023
+        poll.register(lent, select.POLLIN)
+        if not poll.poll(0):
             return lent
+        _pool.putconn(lent, job, close=True)
 
 
-def _readable(idle: connection) -> bool:
-    poll = select.poll()  # select.select() cannot take descriptors above 1023
-    poll.register(idle.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+def coalesced[K](fetch_all: Callable[[list[K], float], Awaitable[Mapping[K, Row]]]) -> Callable[[K], Awaitable]:
+    """A read of one key, a row or None, that shares its statement with every other read that waits at the time.
 
-
-def _abandon(job: SimpleNamespace) -> None:
-    """Keep a job from beginning, and wake its thread if it waits for the server."""
-    with _ending:
-        job.abandoned = True
-        if job.connection is None:
-            return
-        with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(job.connection.fileno())) as wire:
-            wire.shutdown(socket.SHUT_RDWR)
-
-
-def coalesced[K: Hashable](
-    fetch_all: Callable[[list[K], float], Awaitable[Mapping[K, Row]]],
-) -> Callable[[K], Awaitable[Row | None]]:
-    """A read of one key that shares its statement with every other read that waits at the time.
-
-    One statement is in flight; whoever comes meanwhile waits for the next, which takes up to BATCH keys, each once.
+    One statement is in flight; whoever comes meanwhile waits for the next, which takes up to BATCH keys.
     A read so always begins after it was asked for. An error reaches those who shared the statement, nobody else.
     `fetch_all` gets the keys and the seconds that are left to the one of them who waits longest.
     """
-    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, in that order, and who
+    batches: list[tuple[float, dict[K, None], asyncio.Future[Mapping[K, Row]]]] = []  # since when, the keys, their rows
     flying: asyncio.Task[None] | None = None
 
     async def fly() -> None:
-        while waiting:
-            keys = list(islice(waiting, BATCH))
-            since = waiting[keys[0]][0]
-            batch = {key: waiting.pop(key)[1] for key in keys}
+        while batches:
+            since, keys, rows = batches.pop(0)
             try:
-                rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
-                settle = [(future, future.set_result, rows.get(key)) for key in batch for future in batch[key]]
+                rows.set_result(await fetch_all(list(keys), since + _settings.db_deadline - monotonic()))
             except Exception as error:
-                settle = [(future, future.set_exception, error) for key in batch for future in batch[key]]
-            for future, set_outcome, outcome in settle:
-                if not future.done():  # its reader may have gone away
-                    set_outcome(outcome)
+                rows.set_exception(error)
+                rows.exception()  # seen: all who asked may have gone away
 
-    def read(key: K) -> asyncio.Future[Row | None]:
+    async def read(key: K) -> Row | None:
         nonlocal flying
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        waiting.setdefault(key, (monotonic(), []))[1].append(future)
+        if not batches or len(batches[-1][1]) == BATCH:
+            batches.append((monotonic(), {}, asyncio.get_running_loop().create_future()))
+        _, keys, rows = batches[-1]
+        keys[key] = None
         if flying is None or flying.done():
-            flying = loop.create_task(fly())
-        return future
+            flying = asyncio.create_task(fly())
+        return (await asyncio.shield(rows)).get(key)  # without the shield, who goes away would take the others along
 
     return read
 

@@ -1,124 +1,192 @@
 """Every answer that is an error: application/problem+json (RFC 9457), and which failure becomes which."""
 
+import asyncio
 import json
 import logging
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import quote
 
 import psycopg2
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
-from svc.db import one_line
-from svc.models import PreconditionProblem, Problem, ValidationProblem
+from svc import db, repo
+from svc.models import READ_ONLY, Problem
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-# Those that have an answer of their own, by the handlers below.
-KNOWN = (RequestValidationError, StarletteHTTPException, psycopg2.Error)
-SHAPES: dict[int, type[Problem]] = {400: ValidationProblem, 412: PreconditionProblem}
+MAX_LISTED = 20
 RETRY_AFTER = {"Retry-After": "1"}
+INVALID = "The request does not validate: see errors."
+AWAY = "The database cannot answer now: try again."
+MENDED_BY_OPERATOR = "The database refuses the service what it needs: an operator has to mend it, see /health."
 
-# The detail of a 409, by the name of the constraint in the migrations that a write broke.
-BROKEN: dict[str | None, str] = {
+# What a write broke, by the name of the constraint in the migrations.
+CONFLICTS: dict[str | None, str] = {
     "applications_name_key": "The name is taken: another application has it.",
     "configurations_application_id_name_key": "The name is taken: another configuration of this application has it.",
 }
+TOO_LARGE = {
+    "loc": ["body", "config"],
+    "msg": f"Document should have at most {repo.MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it",
+    "type": "too_large",
+}
+REFUSALS: dict[str | None, dict[str, Any]] = {
+    "configurations_application_id_fkey": {
+        "loc": ["body", "application_id"],
+        "msg": "There is no application with this id",
+        "type": "unknown_application",
+    },
+    "configurations_size_check": TOO_LARGE,
+}
+# What /health says, by what libpq says when it cannot connect.
+REASONS = {
+    "password authentication failed": "the database refuses the user or the password of DATABASE_URL",
+    "too many c": "the database has too many connections",
+    "remaining connection slots": "the database has too many connections",
+    "does not exist": "the database or the user of DATABASE_URL does not exist",
+}
+EXAMPLES: dict[int, dict[str, Any]] = {
+    400: {"detail": INVALID, "errors": [{"loc": ["body", "name"], "msg": "Field required", "type": "missing"}]},
+    401: {"detail": "A token is needed: send Authorization: Bearer."},
+    403: {"detail": "This token may only read."},
+    404: {"detail": "There is no configuration with this id."},
+    408: {"detail": "The body did not arrive in time."},
+    409: {"detail": CONFLICTS["applications_name_key"]},
+    412: {"detail": 'The ETag is "01K0M30A1B2C3D4E5F6G7H8J9K.7.1753000000000000" now: read it, and decide again.'},
+    413: {"detail": "A body has at most 1048576 bytes."},
+    415: {"detail": "A patch is sent as application/merge-patch+json."},
+    503: {"detail": AWAY},
+}
 
 
-def problem(status: int, detail: str, headers: dict[str, str] | None = None, **members: Any) -> Response:
-    # ASCII, because what it quotes (the name of an unknown field) may hold what UTF-8 cannot.
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **members}
-    return Response(json.dumps(body), status, headers, media_type=MEDIA_TYPE)
+def problem(status: int, detail: str, headers: Any = None, **members: Any) -> Response:
+    # json.dumps writes ASCII: what it quotes (the name of an unknown field) may hold what UTF-8 cannot.
+    return Response(json.dumps(_members(status, detail, **members)), status, headers, MEDIA_TYPE)
+
+
+def _members(status: int, detail: str, **others: Any) -> dict[str, Any]:
+    return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **others}
+
+
+def problems(*statuses: int) -> dict[int | str, Any]:
+    """The errors of a route, for OpenAPI."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}},
+        }
+        for status in statuses
+    }
+
+
+def describe(document: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI document with the shape of problems, which no route answers with by itself."""
+    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
+    return document
+
+
+def reason(error: psycopg2.Error) -> str:
+    """What is wrong with the database, in words that show no secret."""
+    if error.pgcode == "42501":
+        return "a grant is missing: see the README for those that the service needs"
+    known = [told for words, told in REASONS.items() if words in str(error)]
+    return [*known, "the database does not answer" if error.pgcode is None else f"it answers with {error.pgcode}"][0]
 
 
 def invalid(*errors: dict[str, Any]) -> Response:
     """400, with what is wrong at which place, and never the value that was sent."""
-    shown = [{"loc": e["loc"], "msg": _message(e), "type": e["type"]} for e in errors]
-    return problem(400, "The request does not validate: see errors.", errors=shown)
+    shown = [{"loc": error["loc"], "msg": _message(error), "type": error["type"]} for error in errors[:MAX_LISTED]]
+    return problem(400, INVALID, errors=shown)
 
 
 def _message(error: dict[str, Any]) -> str:
     if error["type"] == "model_attributes_type":
         return "Input should be a JSON object, sent with Content-Type: application/json"
-    reason = error.get("ctx", {}).get("error")
-    return f"{error['msg']}: {reason}" if error["type"] == "json_invalid" else error["msg"]
-
-
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of these errors, and of those that every route may answer."""
-    return {status: {"model": SHAPES.get(status, Problem)} for status in (*statuses, 503)}
-
-
-def describe(document: dict[str, Any]) -> dict[str, Any]:
-    """An OpenAPI document with errors as they are answered: as problems, and 400 where FastAPI puts 422."""
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-            for status, response in operation["responses"].items():
-                if status >= "400":
-                    response["description"] = HTTPStatus(int(status)).phrase
-                    response["content"] = {MEDIA_TYPE: response["content"]["application/json"]}
-    for unused in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(unused, None)
-    return document
+    if error["type"] == "extra_forbidden" and error["loc"][0] == "body" and error["loc"][-1] in READ_ONLY:
+        return "This field is read-only: leave it out"
+    if error["loc"] == ("path", "id"):
+        return "Input should be a ULID: 26 characters, upper case. To find one by its name, list with ?name="
+    return error["msg"]
 
 
 async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
-    return invalid(*error.errors())
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid" and "ctx" in errors[0]:
+        return _on_bad_body(f"{errors[0]['msg']}: {errors[0]['ctx']['error']}")
+    return invalid(*errors)
 
 
-async def _on_http(request: Request, error: StarletteHTTPException) -> Response:
-    headers = dict(error.headers or {})
-    detail = error.detail
+def _on_bad_body(msg: str) -> Response:
+    return invalid({"loc": ["body"], "msg": msg, "type": "json_invalid"})
+
+
+async def _on_http(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 400:  # FastAPI could not read the body
+        return _on_bad_body(error.detail)
     if error.status_code == 405:
-        headers["Allow"] = ", ".join(_allowed(request))
-        detail = f"This resource takes {headers['Allow']}."
-    elif error.status_code == 404 and not isinstance(error, HTTPException):
-        detail = "There is nothing at this path: see /docs."
-    return problem(error.status_code, detail, headers)
+        allowed = ", ".join(_allowed_methods(request))
+        return problem(405, f"This resource takes {allowed}.", {"Allow": allowed})
+    detail = "There is nothing at this path: see /docs." if error.detail == "Not Found" else error.detail
+    return problem(error.status_code, detail, error.headers)
 
 
-def _allowed(request: Request) -> list[str]:
+def _allowed_methods(request: Request) -> list[str]:
     """The methods of every route with this path: Starlette names only the first route's."""
-    found: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            found |= route.methods
-    return sorted(found | {"HEAD"} if "GET" in found else found)
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 async def _on_database(request: Request, error: psycopg2.Error) -> Response:
     constraint = error.diag.constraint_name
-    if constraint in BROKEN:
-        return problem(409, BROKEN[constraint])
-    if constraint == "configurations_application_id_fkey":
-        msg = "There is no application with this id"
-        return invalid({"loc": ["body", "application_id"], "msg": msg, "type": "unknown_application"})
+    if constraint in CONFLICTS:
+        return problem(409, CONFLICTS[constraint])
+    if constraint in REFUSALS:
+        return invalid(REFUSALS[constraint])
+    if isinstance(error, psycopg2.errors.NotNullViolation):
+        return invalid({"loc": ["body", error.diag.column_name], "msg": "Field required", "type": "missing"})
+    if isinstance(error, psycopg2.errors.UntranslatableCharacter):
+        return invalid({"loc": ["body"], "msg": "Document should not contain U+0000", "type": "nul"})
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
         return invalid({"loc": ["body"], "msg": "The database refuses this value", "type": "refused"})
-    log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", one_line(error))
-    return problem(503, "The database cannot answer now: try again.", RETRY_AFTER)
+    if not db.is_outage(error):  # the pool logs an outage once
+        log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", db.one_line(error))
+    if isinstance(error, psycopg2.ProgrammingError):
+        return problem(503, MENDED_BY_OPERATOR, {"Retry-After": "60"})
+    return problem(503, AWAY, RETRY_AFTER)
 
 
-def unexpected(request: Request, error: Exception) -> Response:
-    """500, which no request should get: what went wrong is in the log."""
-    log.error("%s", place(request.scope), exc_info=error)
+async def _on_too_large(_: Request, __: repo.DocumentTooLarge) -> Response:
+    return invalid(TOO_LARGE)
+
+
+HANDLERS: dict[Any, Any] = {
+    RequestValidationError: _on_invalid,
+    HTTPException: _on_http,
+    psycopg2.Error: _on_database,
+    repo.DocumentTooLarge: _on_too_large,
+}
+
+
+async def respond(scope: Scope, error: BaseException) -> Response:
+    """The answer to an error that no route expects: 503 when it is cut off at shutdown, else 500 and a traceback in the
+    log."""
+    for kind, handler in HANDLERS.items():
+        if isinstance(error, kind):
+            return await handler(Request(scope), error)
+    if isinstance(error, asyncio.CancelledError):
+        return problem(503, "The service is shutting down: try again.", RETRY_AFTER)
+    log.error("%s", place(scope), exc_info=error)
     return problem(500, "Internal error.")
 
 
 def place(scope: Scope) -> str:
-    """Method and path for the log. Not by way of request.url, which raises ValueError for some Host headers."""
-    return f"{scope['method']} {quote(scope['path'])}"
-
-
-def install(app: FastAPI) -> None:
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(StarletteHTTPException, _on_http)
-    app.add_exception_handler(psycopg2.Error, _on_database)
+    """What was asked, for the log. The path is percent-encoded, so it is one line."""
+    return f"{scope['method']} {scope['path']}"

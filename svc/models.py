@@ -2,143 +2,81 @@
 
 import json
 import re
-from decimal import Decimal
-from typing import Annotated, Any, Literal, NoReturn
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
-
-from svc import settings
 
 MAX_DEPTH = 100
 MAX_VERSION = 2**31 - 1
+MAX_POSITION = 2**63 - 1
+MAX_CONTAINS = 2048
 ULID_PATTERN = "^[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 APPLICATION_ID = "01K0M2Z7Q4V5W6X7Y8Z9A0B1C2"
 CONFIGURATION_ID = "01K0M30A1B2C3D4E5F6G7H8J9K"
+READ_ONLY = {"id", "application_id", "configuration_ids", "version", "created_at", "updated_at"}
 
 
-def parse(body: bytes) -> Any:
-    """The JSON value of a request body: UTF-8 (RFC 8259, section 8.1), a byte order mark is ignored.
+# --- JSON ---
 
-    Raises json.JSONDecodeError also for JSON that would not come back as it was sent: a name twice in one object, NaN
-    and the infinities, numbers beyond a double, integers of more than 4,300 digits (sys.get_int_max_str_digits).
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises json.JSONDecodeError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice
+    in one object, NaN and infinities, numbers beyond a double, integers of more than 4,300 digits, depth over 200.
     """
     try:
-        return _decoder.decode(body.decode("utf-8-sig"))
-    except json.JSONDecodeError:
-        raise
-    except UnicodeDecodeError:
-        _refuse("The body is not UTF-8")
-    except RecursionError:
-        _refuse("The body is nested too deep")
-    except ValueError:
-        _refuse("An integer has more than 4300 digits")
+        from_json(text, allow_inf_nan=False)  # refuses all of that but what the two hooks refuse
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number)
+    except OverflowError:
+        raise json.JSONDecodeError("A number is beyond the range of a double", "", 0) from None
+    except ValueError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise json.JSONDecodeError(reason, "", 0)
+def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(members)) < len(members):
+        [(key, _)] = Counter(key for key, _ in members).most_common(1)
+        raise ValueError(f"Duplicate key {json.dumps(key[:100])} in an object")
+    return unique
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        _refuse("A name stands twice in one object")
-    return members
+def _number(literal: str) -> float | int:
+    """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
-
-def _double(literal: str) -> float:
-    number = float(literal)
-    if number in (float("inf"), float("-inf")):
-        _refuse("A number is beyond the range of a double")
-    return number
-
-
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_double, parse_constant=lambda name: _refuse(f"{name} is not JSON")
-)
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_is_ulid = re.compile(ULID_PATTERN).fullmatch
-_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-_EXPONENT = re.compile(r"\de[+-]\d")
-_STRING_OR_EXPONENT = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?[\d.]+e[+-]\d+')
-
-
-def _in_full(text: str, limit: int) -> str:
-    """The same JSON without exponents. Stops as soon as it is larger than the limit: 1e308 has 311 characters."""
-    size = len(text)
-
-    def write(found: re.Match[str]) -> str:
-        nonlocal size
-        if found[0].startswith('"'):
-            return found[0]
-        number = f"{Decimal(found[0]):f}"
-        number = number if "." in number else number + ".0"
-        size += len(number) - len(found[0])
-        if size > limit:
-            raise _too_large(limit)
-        return number
-
-    return _STRING_OR_EXPONENT.sub(write, text)
-
-
-def _too_large(limit: int) -> PydanticCustomError:
-    return PydanticCustomError("too_large", f"Document should have at most {limit} bytes with its numbers in full")
-
-
-def _document(config: dict[str, Any]) -> str:
-    """The JSON text to store: as PostgreSQL will print it, white space apart.
-
-    jsonb prints 1e+23 as an integer, which some clients then read as another number; written 100000000000000000000000.0
-    it stays the double that was sent. That makes a document larger, so its size counts as it is stored.
+    Every double from 1e16 on is whole. Raises OverflowError for 1e400.
     """
-    level, depth = [config], 0
-    while level:
+    number = float(literal)
+    return int(number) if abs(number) >= 1e16 else number
+
+
+def _check_depth(document: dict[str, Any]) -> dict[str, Any]:
+    level, depth = [document], 1
+    while level := [child for node in level for child in _children(node) if isinstance(child, dict | list)]:
         depth += 1
         if depth > MAX_DEPTH:
             raise PydanticCustomError("too_deep", f"Document should be nested at most {MAX_DEPTH} deep")
-        level = [
-            child
-            for node in level
-            for child in (node.values() if type(node) is dict else node)
-            if type(child) is dict or type(child) is list
-        ]
-    limit = settings.load().max_body_bytes
-    text = _encode(config)
-    if "\\u0000" in text and _NUL.search(text):
-        raise PydanticCustomError("nul", "Document should not contain U+0000")
-    if ("e+" in text or "e-" in text) and _EXPONENT.search(text):
-        text = _in_full(text, limit)
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "Document should not contain an unpaired surrogate") from None
-    if size > limit:
-        raise _too_large(limit)
-    return text
+    return document
 
 
-def parse_document(text: str, loc: tuple[str, ...]) -> str:
-    """The JSON text of an object that came outside a body. Raises RequestValidationError that names its place."""
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
+
+
+def _parse_contains(text: str) -> Any:
+    if len(text.encode()) > MAX_CONTAINS:
+        raise PydanticCustomError("too_long", f"Document should have at most {MAX_CONTAINS} bytes")
     try:
-        return _documents.validate_python(parse(text.encode()))
+        return parse_json(text)
     except json.JSONDecodeError as error:
-        found = {"loc": loc, "msg": "JSON decode error", "type": "json_invalid", "ctx": {"error": error.msg}}
-        raise RequestValidationError([found]) from None
-    except ValidationError as error:
-        raise RequestValidationError([{**each, "loc": loc} for each in error.errors()]) from None
+        raise PydanticCustomError("json_invalid", f"JSON decode error: {error.msg}") from None
+
+
+# --- Text and ids ---
 
 
 def _no_nul(text: str) -> str:
@@ -153,26 +91,43 @@ def _not_blank(text: str) -> str:
     return _no_nul(text)
 
 
-def ulid(value: Any) -> str:
-    """The same value. Raises PydanticCustomError if it is no id as the service writes them."""
+def _check_ulid(value: Any) -> str:
     # python-ulid takes integers too, and raises OverflowError for some of them.
-    if not isinstance(value, str) or not _is_ulid(value):
+    if not isinstance(value, str) or not re.fullmatch(ULID_PATTERN, value):
         raise PydanticCustomError("ulid", "Input should be a ULID: 26 characters, upper case")
     return value
+
+
+def parse_etags(lines: list[str]) -> list[str]:
+    """The entity tags of a header, or *. What is malformed equals no ETag. Empty only if there is no such header."""
+    return re.findall(r'(?:W/)?"[^"]*"|[^\s,]+', ", ".join(lines)) or lines
+
+
+def parse_weak_etags(lines: list[str]) -> list[str]:
+    """The same for weak comparison (RFC 9110, section 8.8.3.2)."""
+    return [etag.removeprefix("W/") for etag in parse_etags(lines)]
 
 
 # One AfterValidator each: pydantic 2.11 keeps only the last where a field has a Field of its own besides.
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_not_blank)]
 Comments = Annotated[str, Field(max_length=1024), AfterValidator(_no_nul)]
-Document = Annotated[dict[str, Any], AfterValidator(_document), PlainSerializer(lambda text: text)]
-_documents = TypeAdapter(Document)
-Id = Annotated[str, BeforeValidator(ulid), WithJsonSchema({"type": "string", "pattern": ULID_PATTERN})]
-Ulid = Annotated[
+Document = Annotated[dict[str, Any], AfterValidator(_check_depth)]
+Contains = Annotated[Document, BeforeValidator(_parse_contains), WithJsonSchema({"type": "string"})]
+Id = Annotated[
     ULID,
-    BeforeValidator(ulid),
-    PlainSerializer(str, return_type=str),
+    BeforeValidator(_check_ulid),
+    AfterValidator(str),
     WithJsonSchema({"type": "string", "pattern": ULID_PATTERN, "examples": [APPLICATION_ID]}),
 ]
+ETags = Annotated[list[str], AfterValidator(parse_etags)]
+WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags)]
+
+
+# --- Requests ---
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
 
 
 def _drop_default(schema: dict[str, Any]) -> None:
@@ -181,10 +136,6 @@ def _drop_default(schema: dict[str, Any]) -> None:
 
 # A field that may be missing but not null: model_fields_set tells whether it was there.
 ABSENT: Any = Field(default=None, json_schema_extra=_drop_default)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 class ApplicationCreate(_Strict):
@@ -197,72 +148,116 @@ class ApplicationUpdate(_Strict):
     comments: Comments | None = ABSENT
 
 
+class ConfigurationPut(_Strict):
+    comments: Comments | None = ABSENT
+    config: Document = ABSENT
+
+
+class ConfigurationUpdate(ConfigurationPut):
+    name: Name = ABSENT
+
+
 class ConfigurationCreate(_Strict):
-    application_id: Ulid
+    application_id: Id
     name: Name = Field(examples=["production"])
     comments: Comments | None = Field(None, examples=["Reviewed every quarter"])
     config: Document = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
 
 
-class ConfigurationUpdate(_Strict):
-    name: Name = ABSENT
-    comments: Comments | None = ABSENT
-    config: Document = ABSENT
+class Page(_Strict):
+    limit: int | None = Field(None, ge=1, le=1000, description="At most so many. The Link header names the next page.")
 
 
-class Application(_Strict):
-    id: Ulid
+class ApplicationFilter(Page):
+    after: Id | None = Field(None, description="Only what comes after this id.")
+    name: Name | None = Field(None, description="Only those with exactly this name.")
+
+
+class NamedFilter(ApplicationFilter):
+    contains: Contains | None = Field(
+        None, description="Only those whose config contains this JSON object.", examples=['{"port": 5432}']
+    )
+
+
+class ConfigurationFilter(NamedFilter):
+    application_id: Id | None = Field(None, description="Only those of this application.")
+
+
+class VersionFilter(Page):
+    before: int | None = Field(None, ge=1, le=MAX_VERSION, description="Only what is older than this version.")
+
+
+class ChangeFilter(_Strict):
+    limit: int = Field(100, ge=1, le=1000, description="At most so many. The Link header names the next page.")
+    before: int | None = Field(None, ge=1, le=MAX_POSITION, description="Only what comes before this position.")
+    application_id: Id | None = Field(None, description="Only those of this application.")
+
+
+class Conditions(BaseModel):
+    if_match: ETags = Field([], description="Write only if one of these is the current ETag, or *.")
+    if_none_match: WeakETags = Field([], description="Do not write if one of these is the current ETag, or *.")
+
+
+# --- Answers ---
+
+
+class _Versioned(_Strict):
+    comments: Comments | None
+    version: int = Field(ge=1)
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class Application(_Versioned):
+    id: Id
     name: Name = Field(examples=["billing"])
-    comments: Comments | None
-    configuration_ids: list[Ulid]
-    version: int = Field(ge=1)
-    created_at: AwareDatetime
-    updated_at: AwareDatetime
+    configuration_ids: list[Id]
 
 
-class Configuration(_Strict):
-    id: Ulid = Field(examples=[CONFIGURATION_ID])
-    application_id: Ulid
+class Configuration(_Versioned):
+    id: Id = Field(examples=[CONFIGURATION_ID])
+    application_id: Id
     name: Name = Field(examples=["production"])
-    comments: Comments | None
     config: dict[str, Any] = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
-    version: int = Field(ge=1)
-    created_at: AwareDatetime
-    updated_at: AwareDatetime
 
 
-class ConfigurationVersion(_Strict):
-    configuration_id: Ulid = Field(examples=[CONFIGURATION_ID])
+class Change(_Strict):
+    """Who changed what. `actor` is token:NAME, anonymous, or database:USER for SQL by hand."""
+
+    configuration_id: Id = Field(examples=[CONFIGURATION_ID])
+    application_id: Id
+    name: Name = Field(examples=["production"])
     version: int = Field(ge=1)
     operation: Literal["create", "update", "delete"]
-    application_id: Ulid
-    name: Name = Field(examples=["production"])
-    comments: Comments | None
-    config: dict[str, Any] = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+    actor: str = Field(examples=["token:deploy"])
     recorded_at: AwareDatetime
 
 
+class ChangeEntry(Change):
+    position: int = Field(ge=1)
+
+
+class ConfigurationVersion(Change):
+    """A version whose operation is delete has no config: the document is in the version before it."""
+
+    comments: Comments | None
+    config: dict[str, Any] | None = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+
+
 class FieldError(_Strict):
-    loc: list[str | int] = Field(examples=[["body", "name"]])
-    msg: str = Field(examples=["Field required"])
-    type: str = Field(examples=["missing"])
+    loc: list[str | int]
+    msg: str
+    type: str
 
 
 class Problem(_Strict):
-    """RFC 9457."""
+    """RFC 9457. A 400 has `errors`, at most 20."""
 
-    type: str = Field(examples=["about:blank"])
-    title: str = Field(examples=["Not Found"])
-    status: int = Field(examples=[404])
-    detail: str = Field(examples=["There is no application with this id."])
-
-
-class PreconditionProblem(Problem):
-    version: int = Field(description="The version that is stored", examples=[7])
-
-
-class ValidationProblem(Problem):
-    errors: list[FieldError]
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = ABSENT
 
 
 class Pool(_Strict):
@@ -274,6 +269,6 @@ class Pool(_Strict):
 
 class Health(_Strict):
     status: str = Field(examples=["ok"])
-    schema_version: int = Field(examples=[4])
+    schema_version: int = Field(examples=[2])
     pool: Pool
     waiters: int

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     debug: bool = False
     host: str = "127.0.0.1"
+    auth: Literal["on", "off"] | None = None
     port: int = Field(8000, ge=1, le=65535)
     workers: int = Field(1, ge=1, le=64)
 
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
     migration_lock_timeout: Seconds = 5
     migration_wait: Seconds = 60
 
-    max_body_bytes: int = Field(1024**2, ge=1024, le=64 * 1024**2)
+    max_body_bytes: int = Field(1024**2, ge=1024, le=8 * 1024**2)
     body_timeout: Seconds = 10
     max_waiters: int = Field(10_000, ge=1, le=1_000_000)
     shutdown_timeout: int = Field(10, ge=1, le=300)

@@ -1,4 +1,5 @@
+DROP TABLE configuration_versions;
 DROP TABLE configurations;
 DROP TABLE applications;
-DROP FUNCTION start_versions, keep_application_version, keep_configuration_version, renew_application;
-DROP FUNCTION configuration_ids_now;
+DROP FUNCTION keep_application, keep_configuration, renew_application, configuration_ids_now, merge_patch;
+DROP FUNCTION record_configuration_version, keep_configuration_versions, prune_configuration_versions;

@@ -1,0 +1,179 @@
+"""Who asks and what they may: bearer tokens (RFC 6750), and `python -m svc.auth`, which makes and revokes them."""
+
+import asyncio
+import logging
+import secrets
+from argparse import ArgumentParser
+from hashlib import sha256
+from time import monotonic
+from urllib.parse import unquote
+
+import psycopg2
+from fastapi import HTTPException
+from starlette.types import Scope
+
+from svc import db, migrations, repo, settings
+
+log = logging.getLogger(__name__)
+
+# Everything else needs a token.
+OPEN = {"/", "/docs", "/openapi.json", "/health", "/health/live"}
+READ_EVERY = 1.0  # seconds: a token works no longer than that after its end
+READ_WITHIN = 1.0  # seconds for the database to answer
+
+_tokens: dict[str, db.Row] | None = None  # those that count, by their hash; None before they were read
+_changes = 0  # how often they changed
+_read_at = _next_read = float("-inf")
+_reading = asyncio.Lock()
+
+
+async def check(scope: Scope) -> None:
+    """Admit a request, and set the actor of what it writes. With AUTH=off everybody is admitted, as anonymous.
+
+    Raises HTTPException 401 or 403, and psycopg2.Error if the tokens could never be read.
+    """
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if settings.load().auth != "on" or path in OPEN:
+        return
+    sent = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, token = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
+    if scheme.lower() != b"bearer":
+        raise _refuse(401, "A token is needed: send Authorization: Bearer.")
+    row = await _find(sha256(token.strip()).hexdigest())
+    if row is None:
+        raise _refuse(401, "This token is unknown, expired or revoked.", "invalid_token")
+    repo.actor.set(f"token:{row['name']}")
+    if row["application_id"] is not None and not _is_below(path, row["application_name"]):
+        raise _refuse(
+            403, "This token is for the configurations of one application, by its name.", "insufficient_scope"
+        )
+    if row["role"] != "write" and scope["method"] not in ("GET", "HEAD"):
+        raise _refuse(403, "This token may only read.", "insufficient_scope")
+
+
+def _refuse(status: int, detail: str, error: str | None = None) -> HTTPException:
+    challenge = 'Bearer realm="config-service"' + (f', error="{error}"' if error else "")
+    return HTTPException(status, detail, {"WWW-Authenticate": challenge})
+
+
+def _is_below(path: str, application_name: str) -> bool:
+    """Whether a path is /api/v1/applications/{application_name}/configurations, or below it."""
+    before, _, rest = path.partition("/applications/")
+    name, _, below = rest.partition("/")
+    return (before, unquote(name), below.partition("/")[0]) == ("/api/v1", application_name, "configurations")
+
+
+async def refresh() -> int:
+    """Read the tokens again if that is due. Returns how often they changed."""
+    if settings.load().auth == "on" and monotonic() - _read_at >= READ_EVERY:
+        async with _reading:
+            if monotonic() - _read_at >= READ_EVERY:
+                await _read()
+    return _changes
+
+
+async def _find(hash: str) -> db.Row | None:
+    arrived = monotonic()
+    await refresh()
+    if _tokens is not None and hash not in _tokens:
+        # It may be new. All who send unknown tokens together cause one statement a second: a sender of many waits.
+        async with _reading:
+            if _read_at < arrived:
+                await asyncio.sleep(_next_read - READ_EVERY - monotonic())
+                await _read()
+    return (_tokens or {}).get(hash)
+
+
+async def _read() -> None:
+    global _tokens, _changes, _read_at, _next_read
+    _read_at = monotonic()
+    _next_read = max(_next_read, _read_at - READ_EVERY) + READ_EVERY  # one a second, and one more after a pause
+    try:
+        rows = await db.fetch(
+            "read_tokens",
+            """
+            SELECT t.hash, t.name, t.role, t.application_id, a.name AS application_name
+            FROM tokens AS t LEFT JOIN applications AS a ON a.id = t.application_id
+            WHERE t.expires_at > now() OR t.expires_at IS NULL
+            """,
+            {},
+            READ_WITHIN,
+        )
+    except psycopg2.Error:
+        if _tokens is None:
+            raise
+        return  # the last ones count while the database is away
+    tokens = {row["hash"]: row for row in rows}
+    _changes += tokens != _tokens
+    _tokens = tokens
+
+
+# --- The command line ---
+
+
+def new(name: str, role: str, application: str | None, expires: int | None) -> None:
+    """Make a token, and print it: it cannot be shown again"""
+    token = f"cfs_{secrets.token_urlsafe(32)}"
+    with migrations.connect() as cursor:
+        cursor.execute(
+            """
+            INSERT INTO tokens (name, hash, role, application_id, expires_at)
+            SELECT %(name)s, %(hash)s, %(role)s, a.id, now() + make_interval(days => %(expires)s)
+            FROM (SELECT) AS one LEFT JOIN applications AS a ON a.name = %(application)s
+            WHERE a.id IS NOT NULL OR %(application)s IS NULL
+            ON CONFLICT (name) DO NOTHING
+            """,
+            {
+                "name": name,
+                "hash": sha256(token.encode()).hexdigest(),
+                "role": role,
+                "application": application,
+                "expires": expires,
+            },
+        )
+        if not cursor.rowcount:
+            raise SystemExit(f"no token was made: {name} exists already, or there is no application {application}")
+    print(token)
+
+
+def list_all() -> None:
+    """List the tokens, without what is secret"""
+    with migrations.connect() as cursor:
+        cursor.execute(
+            """
+            SELECT t.name, t.role, coalesce(a.name, 'all applications') AS application, t.created_at::date AS created,
+                   CASE WHEN expires_at <= now() THEN 'expired' ELSE coalesce(expires_at::text, 'never') END AS expires
+            FROM tokens AS t LEFT JOIN applications AS a ON a.id = t.application_id
+            ORDER BY t.name
+            """
+        )
+        for row in cursor:
+            print(f"{row.name}  {row.role}  {row.application}  made {row.created}  expires {row.expires}")
+
+
+def revoke(name: str) -> None:
+    """End a token: within a second it is refused everywhere"""
+    with migrations.connect() as cursor:
+        cursor.execute("DELETE FROM tokens WHERE name = %(name)s", {"name": name})
+        if not cursor.rowcount:
+            raise SystemExit(f"there is no token {name}")
+
+
+def main() -> None:
+    parser = ArgumentParser("pipenv run token", description="Make, list and revoke tokens.")
+    commands = parser.add_subparsers(required=True, metavar="new|list|revoke")
+    for name, function in (("new", new), ("list", list_all), ("revoke", revoke)):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.set_defaults(function=function)
+        if function is not list_all:
+            command.add_argument("name", metavar="NAME")
+    command = commands.choices["new"]
+    command.add_argument("--role", choices=["read", "write"], required=True)
+    command.add_argument("--application", metavar="NAME", help="only the configurations of this application, by name")
+    command.add_argument("--expires", type=int, metavar="DAYS")
+    given = vars(parser.parse_args())
+    given.pop("function")(**given)
+
+
+if __name__ == "__main__":
+    main()

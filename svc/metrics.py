@@ -1,0 +1,5 @@
+"""Prometheus."""
+
+
+def observe(method: str, status: int, seconds: float | None) -> None:
+    pass

@@ -1,0 +1,162 @@
+"""What happens to every request: who asks, the limits of its body, HEAD, failures, headers, metrics and the log."""
+
+import asyncio
+import logging
+from codecs import BOM_UTF8
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from svc import auth, errors, metrics, repo, settings
+from svc.db import one_line
+from svc.models import parse_json, parse_weak_etags
+
+log = logging.getLogger(__name__)
+
+UNCACHED = {"/health", "/health/live", "/metrics"}
+
+
+def middleware(app: ASGIApp) -> ASGIApp:
+    """Answer every failure as a problem, and log every write and every 401 and 403 in one line."""
+
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, _shorten(send))
+        began, status = perf_counter(), 0
+        method, closing = scope["method"], _asks_for_upgrade(scope)
+        # Routes match the path as it was sent: decoded, %2F within a name would not differ from / between two names.
+        scope = {**scope, "path": scope["raw_path"].decode("ascii"), "head": method == "HEAD"}
+        if method == "HEAD":
+            scope["method"] = "GET"  # the server leaves the body of its answer out
+        elif method != "GET":
+            receive = _limit_body(scope, receive, closing)
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                cacheable = status < 400 and scope["path"].removeprefix(scope["root_path"]) not in UNCACHED
+                message["headers"].append((b"cache-control", b"private, no-cache" if cacheable else b"no-store"))
+                if closing:
+                    message["headers"].append((b"connection", b"close"))
+            if message.get("more_body"):
+                # It waits for the client to read what was sent before: a list must not be held for ever.
+                async with asyncio.timeout(settings.load().body_timeout):
+                    await send(message)
+            else:
+                await send(message)
+
+        try:
+            await auth.check(scope)
+            await app(scope, receive, answer)
+        except (Exception, asyncio.CancelledError) as error:
+            if status:
+                log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
+            else:
+                response = await errors.respond(scope, error)
+                await response(scope, receive, answer)
+        finally:
+            seconds = perf_counter() - began
+            metrics.observe(method, status, seconds if b"wait=" not in scope["query_string"] else None)
+            level = logging.DEBUG if method in ("GET", "HEAD") and status not in (401, 403) else logging.INFO
+            if log.isEnabledFor(level):
+                log.log(level, "%s %s %s %d %.1f ms", repo.actor.get(), method, scope["path"], status, seconds * 1000)
+
+    return handle
+
+
+def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
+    """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT."""
+    limit = settings.load().max_body_bytes
+    until = asyncio.get_running_loop().time() + settings.load().body_timeout
+    size = int(dict(scope["headers"]).get(b"content-length", 0))
+    received, complete = 0, False
+
+    async def receive_limited() -> Message:
+        nonlocal received, complete
+        if complete:
+            return await receive()
+        if closing:  # uvicorn reads no body behind a head that asks for an upgrade
+            raise HTTPException(400, "Connections are not upgraded here: send the body without the Upgrade header")
+        if size <= limit:
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"}) from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body")
+        if max(size, received) > limit:
+            raise HTTPException(413, f"A body has at most {limit} bytes.")
+        return message
+
+    return receive_limited
+
+
+def _asks_for_upgrade(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
+
+
+def _shorten(send: Send) -> Send:
+    """Passes a failed start on as its last line, where Starlette sends the whole traceback."""
+
+    async def send_short(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed" and "SystemExit: " in message["message"]:
+            message["message"] = message["message"].rpartition("SystemExit: ")[2].strip()
+        await send(message)
+
+    return send_short
+
+
+class _JSONRequest(Request):
+    async def json(self) -> Any:
+        return parse_json((await self.body()).removeprefix(BOM_UTF8))
+
+
+class Route(APIRoute):
+    """Reads bodies by `parse_json`, and refuses query parameters that it does not know.
+
+    An endpoint that takes `if_none_match` is `hot`: without a query it is called with the request, its path parameters
+    and that header alone. FastAPI's dependency resolution would take half of a read's time.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        resolve = super().get_route_handler()
+        fields = self.dependant.query_params
+        known = {name for field in fields for name in getattr(field.type_, "model_fields", [field.alias])}
+        self.hot = any(field.name == "if_none_match" for field in self.dependant.header_params)
+
+        async def handle(request: Request) -> Response:
+            if query := request.scope["query_string"]:
+                _check_query(query.decode("latin-1"), known)
+            elif self.hot:
+                values = {}
+                for field in self.dependant.path_params:
+                    values[field.name], invalid = field.validate(request.path_params[field.name])
+                    if invalid:
+                        return await resolve(request)  # it answers with what is wrong
+                sent = request.headers.getlist("if-none-match")
+                return await self.endpoint(request, **values, if_none_match=sent and parse_weak_etags(sent))
+            return await resolve(_JSONRequest(request.scope, request.receive))
+
+        return handle
+
+
+def _check_query(query: str, known: set[str]) -> None:
+    try:
+        names = {name for name, _ in parse_qsl(query, keep_blank_values=True, errors="strict")}
+    except UnicodeDecodeError:
+        msg = "Query should be percent-encoded UTF-8"
+        raise RequestValidationError([{"loc": ("query",), "msg": msg, "type": "not_utf8"}]) from None
+    if unknown := sorted(names - known):
+        msg = "Unknown query parameter"
+        raise RequestValidationError(
+            [{"loc": ("query", name), "msg": msg, "type": "extra_forbidden"} for name in unknown]
+        )

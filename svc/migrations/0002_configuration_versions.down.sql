@@ -1,7 +1,0 @@
-DROP TRIGGER configurations_record_create ON configurations;
-DROP TRIGGER configurations_record_update ON configurations;
-DROP TRIGGER configurations_record_delete ON configurations;
-DROP FUNCTION record_configuration_version;
-DROP FUNCTION prune_configuration_versions;
-DROP TABLE configuration_versions;
-DROP FUNCTION keep_configuration_versions;

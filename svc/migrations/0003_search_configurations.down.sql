@@ -1,2 +1,0 @@
--- no-transaction
-DROP INDEX CONCURRENTLY configurations_config_idx;

@@ -1,0 +1,112 @@
+"""Conditional requests (RFC 9110), and how a row becomes an answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterable
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.datastructures import URL
+
+from svc import db, repo, settings, watch
+from svc.db import Row
+from svc.errors import RETRY_AFTER
+from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
+from svc.repo import etag_matches
+
+# Characters of a list that are sent at once: less than that is in memory for a client that does not read.
+CHUNK = 64 * 1024
+# Lists that are under way at a time in this process, each with a page in memory. Others wait for their turn.
+_lists = asyncio.Semaphore(32)
+
+
+async def read_or_wait(
+    request: Request, key: repo.Key, if_none_match: Collection[str], wait: float | None
+) -> Row | None:
+    """Read the configuration. With ?wait=, return when its ETag is not in If-None-Match."""
+    if wait is None:
+        return await repo.read_configuration(key)
+    if not if_none_match:
+        msg = "To wait for a change, name in If-None-Match what you have"
+        raise RequestValidationError([{"loc": ("query", "wait"), "msg": msg, "type": "wait"}])
+    if watch.count() < settings.load().max_waiters:
+        return await watch.until_changed(request, key, frozenset(if_none_match), wait)
+    row = await repo.read_configuration(key)
+    if etag_matches(row, if_none_match):
+        raise HTTPException(503, "Too many clients wait for a change: try again.", RETRY_AFTER)
+    return row
+
+
+def document(row: Row | None, missing: str, if_none_match: Iterable[str] = ()) -> Response:
+    """What PostgreSQL wrote, as it is; 304 if If-None-Match names it; 404 if there is nothing."""
+    if row is None or row["etag"] is None:
+        raise HTTPException(404, missing)
+    headers = {"ETag": row["etag"]}
+    if if_none_match and etag_matches(row, if_none_match):
+        return Response(None, 304, headers)
+    return Response(row["json"], 200, headers, "application/json")
+
+
+def created(request: Request, row: Row) -> Response:
+    """201. What was sent to its own path is there, anything else below it under its id."""
+    path = request.scope["path"]
+    headers = {"ETag": row["etag"], "Location": path if request.method == "PUT" else f"{path}/{row['id']}"}
+    return Response(row["json"], 201, headers, "application/json")
+
+
+def written(row: Row | None, missing: str, when: Conditions) -> Response:
+    """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
+    if row is not None and not row["written"] and row["etag"]:
+        raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
+    response = document(row, missing)
+    watch.changed()
+    return response
+
+
+def deleted(row: Row | None, missing: str, when: Conditions) -> Response:
+    written(row, missing, when)
+    return Response(status_code=204)
+
+
+def _what_failed(etag: str, when: Conditions) -> str:
+    if not {"*", etag}.isdisjoint(when.if_none_match):
+        return f"If-None-Match names {etag}, the current ETag."
+    detail = f"The ETag is {etag} now, which If-Match does not name: read it, and decide again."
+    if any(each.startswith("W/") for each in when.if_match):
+        return f"{detail} A weak tag (W/) never matches."
+    if not all(each.endswith('"') for each in when.if_match):
+        return f"{detail} A tag stands in double quotes."
+    return detail
+
+
+async def stream_list(
+    request: Request, pages: AsyncIterator[Row], wanted: ApplicationFilter | VersionFilter | ChangeFilter
+) -> Response:
+    """A JSON array, sent page by page as it is read. A limited one has a Link to the next page while there is more.
+
+    Its first page is read before the status is sent. HEAD reads no other.
+    """
+    array = _array(pages, request.scope["head"])
+    first = await anext(array)
+    headers = {}
+    if first["more"] and wanted.limit:
+        here = URL(f"{request.scope['path']}?{request.scope['query_string'].decode()}")
+        bound = "before" if hasattr(wanted, "before") else "after"
+        headers["Link"] = f'<{here.include_query_params(**{bound: first["last"]})}>; rel="next"'
+    return StreamingResponse(array, 200, headers, "application/json")
+
+
+async def _array(pages: AsyncIterator[Row], head: bool) -> AsyncIterator[Any]:
+    """Its first page as a row, then the text of the whole array in chunks."""
+    async with db.turn(_lists):
+        page = await anext(pages)
+        yield page
+        text = "[" + page["json"]
+        while not head and (page := await anext(pages, None)):
+            for start in range(0, len(text), CHUNK):
+                yield text[start : start + CHUNK]
+            text = "," + page["json"]
+        text += "]"
+        for start in range(0, len(text), CHUNK):
+            yield text[start : start + CHUNK]
