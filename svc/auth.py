@@ -22,6 +22,8 @@ READ_EVERY = 1.0  # seconds: a token works no longer than that after its end
 READ_WITHIN = 1.0  # seconds for the database to answer
 
 _tokens: dict[str, db.Row] | None = None  # those that count, by their hash; None before they were read
+_unknown: set[str] = set()  # the hashes of others that were sent since they were read
+_error: psycopg2.Error | None = None  # why they could not be read the last time
 _changes = 0  # how often they changed
 _read_at = _next_read = float("-inf")
 _reading = asyncio.Lock()
@@ -64,48 +66,52 @@ def _is_below(path: str, application_name: str) -> bool:
 
 
 async def refresh() -> int:
-    """Read the tokens again if that is due. Returns how often they changed."""
+    """Read the tokens again if that is due. Returns how often they changed.
+
+    The last ones count while the database is away. Raises psycopg2.Error if there are none yet.
+    """
     if settings.load().auth == "on" and monotonic() - _read_at >= READ_EVERY:
         async with _reading:
             if monotonic() - _read_at >= READ_EVERY:
                 await _read()
+    if _tokens is None and _error:
+        raise _error
     return _changes
 
 
 async def _find(hash: str) -> db.Row | None:
     arrived = monotonic()
     await refresh()
-    if _tokens is not None and hash not in _tokens:
-        # It may be new. All who send unknown tokens together cause one statement a second: a sender of many waits.
+    if hash not in _tokens and hash not in _unknown:
+        # It may be new. All who send unknown tokens cause one statement a second together, and wait for it.
         async with _reading:
             if _read_at < arrived:
                 await asyncio.sleep(_next_read - READ_EVERY - monotonic())
                 await _read()
-    return (_tokens or {}).get(hash)
+        if _error:
+            raise _error
+        if hash not in _tokens:
+            _unknown.add(hash)
+    return _tokens.get(hash)
 
 
 async def _read() -> None:
-    global _tokens, _changes, _read_at, _next_read
+    global _tokens, _error, _changes, _read_at, _next_read
+    _unknown.clear()
     _read_at = monotonic()
     _next_read = max(_next_read, _read_at - READ_EVERY) + READ_EVERY  # one a second, and one more after a pause
+    statement = """
+        SELECT t.hash, t.name, t.role, t.application_id, a.name AS application_name
+        FROM tokens AS t LEFT JOIN applications AS a ON a.id = t.application_id
+        WHERE t.expires_at > now() OR t.expires_at IS NULL
+    """
     try:
-        rows = await db.fetch(
-            "read_tokens",
-            """
-            SELECT t.hash, t.name, t.role, t.application_id, a.name AS application_name
-            FROM tokens AS t LEFT JOIN applications AS a ON a.id = t.application_id
-            WHERE t.expires_at > now() OR t.expires_at IS NULL
-            """,
-            {},
-            READ_WITHIN,
-        )
-    except psycopg2.Error:
-        if _tokens is None:
-            raise
-        return  # the last ones count while the database is away
-    tokens = {row["hash"]: row for row in rows}
+        tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, READ_WITHIN)}
+    except psycopg2.Error as error:
+        _error = error
+        return
     _changes += tokens != _tokens
-    _tokens = tokens
+    _tokens, _error = tokens, None
 
 
 # --- The command line ---

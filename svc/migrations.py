@@ -1,420 +1,332 @@
-"""Applies SQL files to PostgreSQL, each once, in the order of their numbers: python -m svc.migrations [COMMAND]
+"""Apply SQL files to PostgreSQL, each once, in the order of their numbers.
 
-    status [--json]                  every migration: applied, pending, or what is wrong with it
-    up [--to VERSION]                apply what is pending; the same as no command
-    down [--to VERSION | --steps N]  take back what is applied, newest first; one step unless told otherwise
-    verify                           a line for each applied file that was edited, renamed or deleted, for each
-                                     pending one older than the newest applied, and for files with the same number
-    new NAME                         write the next numbered pair of files
+NUMBER_name.sql runs in one transaction together with its record in the table `migrations`. NUMBER_name.down.sql takes
+it back. Files are UTF-8. PostgreSQL refuses COMMIT and the like in them, COPY from or to the client, and a SELECT INTO
+at the end. A statement_timeout counts for the whole file.
 
-    --dry-run                        with up and down: say what would run, and run nothing
-    --allow-out-of-order             with up and down: accept pending files older than the newest applied
-    --database-url URL               instead of DATABASE_URL
-    --folder FOLDER                  where the files are, instead of the folder beside the code
-    -h, --help                       this text
+A file whose first line is `-- no-transaction` holds one statement that PostgreSQL runs only outside a transaction, such
+as CREATE INDEX CONCURRENTLY. If it fails half-way, nothing else runs until you have repaired what it left. Then run
+`DELETE FROM migrations WHERE version = NUMBER` if nothing of it is there, or
+`UPDATE migrations SET duration = '0' WHERE version = NUMBER` if all of it is there.
 
-NUMBER_name.sql runs in one transaction with its record in the table `migrations`; NUMBER_name.down.sql takes it back.
-A file whose first line is `-- no-transaction` runs statement by statement outside one, as CREATE INDEX CONCURRENTLY
-needs. Files are UTF-8. What `verify` finds, or a file that cannot run, is refused before anything is touched.
+Refused before anything runs: a file that was edited, renamed or deleted after it was applied, two files with the same
+number, and, unless --allow-out-of-order is given, a pending file that is older than the newest applied one. A database
+that newer code has migrated is left as it is.
 
-One runner works at a time, and others wait for it, at most MIGRATION_WAIT seconds. A statement that has to wait for a
-lock longer than MIGRATION_LOCK_TIMEOUT seconds fails, unless its file sets another lock_timeout.
+`down` first prints which tables that hold rows will go. It finds them by running the files in a transaction that it
+rolls back, without the `-- no-transaction` files. With --dry-run it ends there.
 
-Exit codes: 0 done, and for `status` and `verify` nothing is pending or wrong; 1 pending or wrong, or refused or failed
-as a line on stderr says; 2 wrong usage.
+Only one runner works at a time. Others wait for it, at most MIGRATION_WAIT seconds. A statement that waits for a lock
+longer than MIGRATION_LOCK_TIMEOUT seconds fails, unless its file sets another lock_timeout. CREATE INDEX CONCURRENTLY,
+alone in its file, cannot: set MIGRATION_LOCK_TIMEOUT=3600 for it if long transactions are open.
+
+Exit codes: 0 done; 1 refused or failed, and for `status` and `verify` something is pending or wrong; 2 wrong usage.
 """
 
 import hashlib
-import inspect
 import json
+import os
 import re
 import signal
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections import defaultdict, namedtuple
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psycopg2
-from psycopg2.extensions import cursor, make_dsn, parse_dsn
-from psycopg2.extras import RealDictCursor
-from pydantic import SecretStr
+from psycopg2.extensions import cursor, parse_dsn
+from psycopg2.extras import NamedTupleCursor
 
 from svc import settings
 
 FOLDER = Path(__file__).with_name("migrations")
+# ASCII alone: file systems differ in how they write other letters, and a file would look renamed.
+NAME = re.compile(r"(?P<version>(?!0+_)[0-9]{1,18})_[A-Za-z0-9_-]+(?P<down>\.down)?\.sql")
 
 Migration = namedtuple("Migration", "version name path text checksum")
-# What is at one number: the file and the record of it, of which one may be missing, and what is wrong, or None.
-State = namedtuple("State", "version name state problem applied_at seconds file")
+# What stands at one number. Its file or its record may be missing, and with it applied_at and seconds.
+State = namedtuple("State", "version name state applied_at seconds file")
+
+ALONE = "-- no-transaction"
+
+# Nothing is wrong with these states. Every other state says what is wrong.
+APPLIED = "applied"
+PENDING = "pending"
+AHEAD = "applied, newer than this code"
+# `up` can accept this one too.
+LATE = "pending, older than the newest applied: --allow-out-of-order accepts it"
+
+CREATE_TABLE = """
+CREATE TABLE IF NOT EXISTS migrations (
+    version    bigint PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now(),
+    duration   interval,  -- NULL while a file runs outside a transaction, and after it failed
+    CONSTRAINT migrations_database_must_be_utf8 CHECK (getdatabaseencoding() = 'UTF8')
+)
+"""
+# The name is qualified, so that the table of another schema in the search_path does not count.
+TABLE_EXISTS = "SELECT to_regclass(quote_ident(current_schema()) || '.migrations') IS NOT NULL"
+RECORDS = """
+SELECT version, name, checksum, extract(epoch FROM duration)::float AS seconds,
+       to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS applied_at
+FROM migrations
+"""
+BEGIN_UP = "INSERT INTO migrations (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)"
+END_UP = "UPDATE migrations SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
+BEGIN_DOWN = "UPDATE migrations SET duration = NULL WHERE version = %(version)s"
+END_DOWN = "DELETE FROM migrations WHERE version = %(version)s"
+# Within EXECUTE, PostgreSQL refuses what would end the transaction.
+EXECUTE = "SELECT set_config('svc.file', %s, true); DO $$ BEGIN EXECUTE current_setting('svc.file'); END $$"
+# What a file sets must reach neither its record nor the next file.
+RESET = "RESET SESSION AUTHORIZATION; RESET ALL; CLOSE ALL; DISCARD TEMP"
+TABLES = "SELECT relid::regclass::text AS name, relid AS oid FROM pg_stat_user_tables ORDER BY name"
 
 
-# --- The commands. Each exits with one line if it cannot do its work. ---
+def up(url: str | None = None, to: int | None = None, dry_run: bool = False, late: bool = False) -> None:
+    """Apply what is pending"""
+    with connect(url) as db:
+        states = lock_and_check(db, APPLIED, PENDING, AHEAD, LATE if late else PENDING)
+        if newer := [each.name for each in states if each.state == AHEAD]:
+            print(f"the database is ahead of this code: {', '.join(newer)}")
+        pending = [each.file for each in states if each.state in (PENDING, LATE)]
+        plan = [file for file in pending if to is None or file.version <= to]
+        run(db, plan, BEGIN_UP, END_UP, dry_run)
 
 
-def up(url: str, folder: Path = FOLDER, to: int | None = None, dry_run: bool = False, late: bool = False) -> None:
-    """Apply what is pending, in numeric order, up to version `to`. `late` accepts what is older than the newest."""
-    with _ready(url, folder, dry_run, late) as (db, table, states):
-        if to is not None and to not in {each.version for each in states}:
-            raise SystemExit(f"no migration has the number {to}")
-        pending = [each.file for each in states if each.state != "applied" and (to is None or each.version <= to)]
-        begin = f"INSERT INTO {table} (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)"
-        end = f"UPDATE {table} SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
-        _run(db, table, [(file, file.path.name, file.text) for file in pending], begin, end, dry_run)
+def down(to: int, dry_run: bool = False) -> None:
+    """Take back what is applied, newest first"""
+    with connect() as db:
+        states = lock_and_check(db, APPLIED, PENDING, LATE)
+        applied = [each.file for each in reversed(states) if each.state == APPLIED and each.version > to]
+        paths = [file.path.with_suffix(".down.sql") for file in applied]
+        plan = [file._replace(path=path, text=read(path)) for file, path in zip(applied, paths, strict=True)]
+        print_losses(db, plan)
+        run(db, plan, BEGIN_DOWN, END_DOWN, dry_run)
 
 
-def down(
-    url: str, folder: Path = FOLDER, to: int | None = None, steps: int = 1, dry_run: bool = False, late: bool = False
-) -> None:
-    """Take back the newest `steps`, or all above version `to`, newest first."""
-    with _ready(url, folder, dry_run, late) as (db, table, states):
-        if steps < 1:
-            raise SystemExit("--steps must be 1 or more")
-        newest_first = [each.file for each in reversed(states) if each.state == "applied"]
-        if to not in {None, 0, *(file.version for file in newest_first)}:
-            raise SystemExit(f"version {to} is not applied")
-        chosen = newest_first[:steps] if to is None else [file for file in newest_first if file.version > to]
-        paths = [file.path.with_suffix(".down.sql") for file in chosen]
-        if missing := [path.name for path in paths if not path.exists()]:
-            raise SystemExit(f"refused, nothing was touched: there is no {missing[0]}")
-        plan = [(file, path.name, _read(path)) for file, path in zip(chosen, paths, strict=True)]
-        begin = f"UPDATE {table} SET duration = NULL WHERE version = %(version)s"
-        end = f"DELETE FROM {table} WHERE version = %(version)s"
-        _run(db, table, plan, begin, end, dry_run)
-
-
-def status(url: str, folder: Path = FOLDER, as_json: bool = False) -> bool:
-    """Print every migration and its state. True if nothing is pending or wrong."""
-    with _connected(url) as (db, table):
-        states = _states(db, table, folder)
+def status(as_json: bool) -> bool:
+    """Print the state of every migration"""
+    with connect() as db:
+        states = compare(db)
     if as_json:
-        print(json.dumps([{**each._asdict(), "file": each.file and each.file.path.name} for each in states], indent=2))
+        print(json.dumps([each._asdict() | {"file": each.file and each.file.path.name} for each in states], indent=2))
     else:
-        width = max((len(each.name) for each in states), default=0)
         for each in states:
-            took = "" if each.seconds is None else f"{each.seconds * 1000:.0f} ms"
-            print(f"{each.name:{width}}  {each.state:12}  {each.applied_at or '':20}  {took}".rstrip())
-    return all(each.state == "applied" for each in states)
+            print(f"{each.applied_at or '':20}  {each.name}: {each.state}")
+    return all(each.state in (APPLIED, AHEAD) for each in states)
 
 
-def verify(url: str, folder: Path = FOLDER) -> bool:
-    """Print a line for everything that is wrong. True if nothing is."""
-    with _connected(url) as (db, table):
-        problems = [each.problem for each in _states(db, table, folder) if each.problem]
-    for problem in problems:
-        print(problem)
-    return not problems
+def verify() -> bool:
+    """Print a line for everything that is wrong"""
+    with connect() as db:
+        wrong = [each for each in compare(db) if each.state not in (APPLIED, PENDING, AHEAD)]
+    for each in wrong:
+        print(f"{each.name}: {each.state}")
+    return not wrong
 
 
-def new(name: str, folder: Path = FOLDER) -> None:
-    """Write the next pair of files, empty but for a comment, and print their paths."""
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    if not slug:
-        raise SystemExit("a migration needs a name of letters or digits")
-    version = max((file.version for file in _files(folder)), default=0) + 1
+def new(name: str) -> None:
+    """Write the next pair of files, to be filled in"""
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "migration"
+    version = max(read_files(), default=0) + 1
     for ending, comment in ((".sql", name), (".down.sql", f"Take back: {name}")):
-        path = folder / f"{version:04}_{slug}{ending}"
-        with path.open("x", encoding="utf-8") as file:
-            file.write(f"-- {' '.join(comment.split())}\n")
+        path = FOLDER / f"{version:04}_{slug}{ending}"
+        path.write_text(f"-- {' '.join(comment.split())}\n", encoding="utf-8")
         print(path)
 
 
-def health(applied: list[int], folder: Path = FOLDER) -> str | None:
-    """Why this code cannot work with a schema of these versions, or None if it can. Reads only the names of files."""
-    names = [_NAME.fullmatch(path.name) for path in folder.glob("*.sql")]
+def health(applied: list[int]) -> str | None:
+    """Why this code cannot work on a database with these versions, or None if it can, as it can with newer versions.
+
+    Reads only the names of files.
+    """
+    names = [NAME.fullmatch(path.name) for path in FOLDER.glob("*.sql")]
     expected = {int(name["version"]) for name in names if name and not name["down"]}
-    if ahead := sorted(set(applied) - expected):
-        return f"the database is ahead of this code by migration {', '.join(map(str, ahead))}"
     if pending := sorted(expected - set(applied)):
         return f"migrations are pending ({', '.join(map(str, pending))}): run `pipenv run migrate`"
     return None
 
 
 @contextmanager
-def _ready(url: str, folder: Path, dry_run: bool, late: bool) -> Iterator[tuple[cursor, str, list[State]]]:
-    """A connection, the table of records and all states, with nothing wrong and no other runner at work."""
-    with _connected(url) as (db, table):
-        if not dry_run:
-            _lock(db, table)
-        states = _states(db, table, folder)
-        accepted = "out of order" if late else None
-        if problems := [each.problem for each in states if each.problem and each.state != accepted]:
-            more = f" (and {len(problems) - 1} more: see verify)" if len(problems) > 1 else ""
-            raise SystemExit(f"refused, nothing was touched: {problems[0]}{more}")
-        yield db, table, states
+def connect(url: str | None = None) -> Iterator[cursor]:
+    """A cursor in autocommit. Closing its connection rolls back an open transaction and releases the lock.
+
+    Exits with one line if the database refuses anything.
+    """
+    url = url or settings.load().database()
+    # If the runner is killed, the server notices within half a second.
+    options = f"-c client_connection_check_interval=500 -c lock_timeout={settings.load().migration_lock_timeout}s"
+    known = {"application_name": "config-service-migrations", "connect_timeout": 5, "client_encoding": "UTF8"}
+    try:
+        options += " " + parse_dsn(url).get("options", "")
+        with closing(psycopg2.connect(url, cursor_factory=NamedTupleCursor, options=options, **known)) as connection:
+            connection.autocommit = True
+            yield connection.cursor()
+    except psycopg2.Error as error:
+        raise SystemExit(describe(error)) from None
 
 
-def _states(db: cursor, table: str, folder: Path) -> list[State]:
-    """The state of every migration, in numeric order."""
-    files, records = defaultdict(list), {}
-    for file in _files(folder):
-        files[file.version].append(file)
-    db.execute("SELECT to_regclass(%(table)s) IS NOT NULL AS exists", {"table": table})
-    if db.fetchone()["exists"]:
-        at = "to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') AS applied_at"
-        db.execute(f"SELECT version, name, checksum, {at}, extract(epoch FROM duration)::float AS seconds FROM {table}")
-        records = {row["version"]: row for row in db}
-    newest, states = max(records, default=0), []
-    for version in sorted(files.keys() | records.keys()):
-        file, *others = files[version] or [None]
-        record = records.get(version)
-        name = record["name"] if record else file.name
-        state, problem = "applied", None
-        if others:
-            state, problem = "ambiguous", f"{file.name} and {others[0].name} have the same number"
-        elif record is None and version > newest:
-            state = "pending"
-        elif record is None:
-            state = "out of order"
-            problem = f"{name} is pending and older than the newest applied, {newest}: --allow-out-of-order accepts it"
-        elif record["seconds"] is None:
-            state = "half-way"
-            problem = (
-                f"{name} broke half-way: put right by hand what it left, then either "
-                f"DELETE FROM migrations WHERE version = {version}; if none of it is there, or "
-                f"UPDATE migrations SET duration = '0' WHERE version = {version}; if all of it is"
-            )
-        elif file is None:
-            state, problem = "deleted", f"{name} is applied and its file is gone"
-        elif file.name != name:
-            state, problem = "renamed", f"{name} is applied and its file is now called {file.name}"
-        elif file.checksum != record["checksum"]:
-            state, problem = "edited", f"{name} was edited after it was applied"
-        when = (record["applied_at"], record["seconds"]) if record else (None, None)
-        states.append(State(version, name, state, problem, *when, file))
+def lock_and_check(db: cursor, *accepted: str) -> list[State]:
+    """The state of every migration. No other runner changes it until the connection ends.
+
+    Exits if a state is not accepted, or if another runner is still at work after MIGRATION_WAIT seconds.
+    """
+    end = time.monotonic() + settings.load().migration_wait
+    # Tried, not waited for: CREATE INDEX CONCURRENTLY would wait for the snapshot of a statement that waits.
+    while not fetch_value(db, "SELECT pg_try_advisory_lock(hashtext('svc.migrations'))"):
+        if False:
+            raise SystemExit("another runner is still at work: try later, or see what it waits for")
+        time.sleep(0.05)
+    states = compare(db)
+    if wrong := [f"{each.name}: {each.state}" for each in states if each.state not in accepted]:
+        raise SystemExit(f"refused, nothing was touched: {'; '.join(wrong)}")
     return states
 
 
-# --- Files ---
+def fetch_value(db: cursor, statement: str) -> Any:
+    db.execute(statement)
+    return db.fetchone()[0]
 
-# ASCII alone: file systems do not agree on how to write the rest, so that a file would seem to be renamed.
-_NAME = re.compile(r"(?P<version>(?!0+_)[0-9]{1,18})_[A-Za-z0-9_-]+(?P<down>\.down)?\.sql")
+
+def compare(db: cursor) -> list[State]:
+    """The state of every migration, in numeric order."""
+    files, records, states = read_files(), {}, []
+    if fetch_value(db, TABLE_EXISTS):
+        db.execute(RECORDS)
+        records = {row.version: row for row in db}
+    newest_file, newest_record = max(files, default=0), max(records, default=0)
+    for version in sorted(files.keys() | records.keys()):
+        file, record = files.get(version), records.get(version)
+        if record is None:
+            state = PENDING if version > newest_record else LATE
+        elif record.seconds is None:
+            state = "half-way: it failed, or it still runs; -h says how to repair it"
+        elif file is None:
+            state = AHEAD if version > newest_file else "applied and its file is gone"
+        elif file.name != record.name:
+            state = f"applied and its file is now called {file.name}"
+        else:
+            state = APPLIED if file.checksum == record.checksum else "edited after it was applied"
+        applied_at, seconds = (record.applied_at, record.seconds) if record else (None, None)
+        states.append(State(version, (record or file).name, state, applied_at, seconds, file))
+    return states
 
 
-def _files(folder: Path) -> list[Migration]:
-    found = []
-    for path in folder.iterdir():
-        name = _NAME.fullmatch(path.name)
+def read_files() -> dict[int, Migration]:
+    """Every migration by its number. Exits if a file is named wrongly or cannot be read as text."""
+    files = {}
+    for path in sorted(FOLDER.iterdir()):
+        name = NAME.fullmatch(path.name)
         if name is None and path.suffix.lower() == ".sql":
             raise SystemExit(f"{path.name}: a migration is called NUMBER_name.sql or NUMBER_name.down.sql")
         if name and not name["down"]:
-            text = _read(path)
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            found.append(Migration(int(name["version"]), path.stem, path, text, digest))
-    return sorted(found)
+            version, text = int(name["version"]), read(path)
+            if version in files:
+                raise SystemExit(f"{files[version].path.name} and {path.name} have the same number")
+            files[version] = Migration(version, path.stem, path, text, hashlib.sha256(text.encode()).hexdigest())
+    return files
 
 
-def _read(path: Path) -> str:
-    """The text as it is run and summed: without a byte order mark, every line ending in a line feed."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise SystemExit(f"{path.name}: not UTF-8") from None
-    if "\0" in text:
-        raise SystemExit(f"{path.name}: holds a NUL byte, which PostgreSQL cannot read")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def read(path: Path) -> str:
+    """The text without a byte order mark, every line ending in a line feed."""
+    text = path.read_text("utf-8-sig", errors="surrogateescape")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise SystemExit(f"{path.name}: holds what is not UTF-8, or NUL, which PostgreSQL cannot read")
+    return text
 
 
-# What may hold a semicolon that ends no statement (PostgreSQL manual, 4.1 Lexical Structure), words and single marks.
-_TOKEN = re.compile(
-    r"""
-      --[^\n]*
-    | /\*
-    | [eE]'(?:[^'\\]|\\.|'')*'
-    | '[^']*'
-    | "[^"]*"
-    | \$(?P<tag>(?:[^\W\d]\w*)?)\$.*?\$(?P=tag)\$
-    | \w[\w$]*
-    | \S
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-_COMMENT = re.compile(r"/\*|\*/")
-_CONTROL = re.compile(r"(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION|DISCARD)\b", re.IGNORECASE)
+def print_losses(db: cursor, plan: list[Migration]) -> None:
+    """Print which tables that hold rows go when the plan takes files back.
 
-
-def _statements(name: str, text: str) -> list[tuple[int, str]]:
-    """The statements of a file, each with the line it begins at. Exits with one line if it cannot run."""
-    found, line, counted = [], 1, 0
-    begin, position, previous = None, 0, ""
-    comments, depth = 0, 0  # how many are open
-    while token := (_COMMENT if comments else _TOKEN).search(text, position):
-        position, word = token.end(), token[0].upper()
-        comments += (word == "/*") - (word == "*/")
-        if comments or word == "*/" or word.startswith("--"):
-            continue
-        # Semicolons stand in the body of a rule, ( … ; … ), and of an SQL function, BEGIN ATOMIC … CASE … END; … END.
-        depth += word == "(" or (previous, word) == ("BEGIN", "ATOMIC")
-        depth -= word == ")"
-        if depth > 0 and previous != "AS":  # after which it is a column's name
-            depth += (word == "CASE") - (word == "END")
-        previous = word
-        if begin is None and word != ";":
-            begin = token.start()
-            line, counted = line + text.count("\n", counted, begin), begin
-        if begin is not None and word == ";" and depth <= 0:
-            found.append((line, text[begin:position]))
-            begin = None
-    if begin is not None:
-        found.append((line, text[begin:]))
-    if comments:
-        raise SystemExit(f"{name}: a comment in it does not end")
-    if not found:
-        raise SystemExit(f"{name}: holds no statement, only comments or nothing: write its SQL")
-    for line, statement in found:
-        if control := _CONTROL.match(statement):
-            raise SystemExit(f"{name}:{line}: {control[0].upper()} is for the runner to say; take it out")
-    return found
-
-
-# --- The database ---
-
-
-@contextmanager
-def _connected(url: str) -> Iterator[tuple[cursor, str]]:
-    """A connection of the runner's own and the qualified name of its table, which no file's search_path then hides.
-
-    It is in autocommit, and closing it takes back whatever transaction is open.
+    The plan runs in a transaction that is rolled back. Files that run outside a transaction are left out.
     """
-    given = parse_dsn(url)
-    # A server notices within half a second that its runner was killed, and lets go of the locks.
-    options = f"-c lock_timeout={settings.load().migration_lock_timeout * 1000:.0f}"
-    options += f" -c client_connection_check_interval=500 {given.get('options', '')}"
-    defaults = {"application_name": "config-service-migrations", "connect_timeout": 5}
-    dsn = make_dsn(**{**defaults, **given, "options": options, "client_encoding": "UTF8"})
-    try:
-        connection = psycopg2.connect(dsn, cursor_factory=RealDictCursor)
-    except psycopg2.Error as error:
-        raise SystemExit(f"cannot connect: {_line(error)}") from None
-    try:
-        connection.autocommit = True
-        db = connection.cursor()
-        db.execute("SELECT quote_ident(current_schema()) || '.migrations' AS name, getdatabaseencoding() AS encoding")
-        row = db.fetchone()
-        if row["name"] is None:
-            raise SystemExit("no schema of the search_path exists, or this user may not use it")
-        if row["encoding"] != "UTF8":
-            raise SystemExit(f"the database has the encoding {row['encoding']}: make it with ENCODING 'UTF8'")
-        yield db, row["name"]
-    except psycopg2.Error as error:
-        raise SystemExit(_line(error)) from None
-    finally:
-        connection.close()
+    db.execute(f"BEGIN; {TABLES}")
+    before = db.fetchall()
+    for file in plan:
+        if not file.text.startswith(ALONE):
+            execute(db, file, BEGIN_DOWN, END_DOWN)
+    db.execute(TABLES)
+    kept = {table.oid for table in db}
+    db.execute("ROLLBACK")
+    for table in before:
+        if table.oid not in kept and (rows := fetch_value(db, f"SELECT count(*) FROM {table.name}")):
+            print(f"drops {table.name} ({rows:,} rows)", flush=True)
 
 
-def _line(error: psycopg2.Error) -> str:
-    message = " ".join((error.diag.message_primary or str(error)).split())
-    return f"{error.pgcode}: {message}" if error.pgcode else message
-
-
-def _lock(db: cursor, table: str) -> None:
-    """Be the only runner at work in this schema until the connection ends, or give up after MIGRATION_WAIT.
-
-    Tried again and again instead of waited for: a statement that waits would hold a snapshot, for which the CREATE
-    INDEX CONCURRENTLY of the runner at work would wait in turn.
-    """
-    wait, started = settings.load().migration_wait, time.monotonic()
-    while True:
-        db.execute("SELECT pg_try_advisory_lock(hashtext('svc.migrations'), hashtext(%s)) AS held", [table])
-        if db.fetchone()["held"]:
-            return
-        if time.monotonic() - started > wait:
-            raise SystemExit(f"another runner is still at work after {wait:g} s: try later, or see what it waits for")
-        time.sleep(0.05)
-
-
-def _run(db: cursor, table: str, plan: list[tuple[Migration, str, str]], begin: str, end: str, dry_run: bool) -> None:
-    """Run each text of the plan between two statements on its record, in one transaction unless it asks for none.
-
-    Without one, a record that has its beginning and not its end tells of a file that broke half-way.
-    """
-    checked = [(*each, _statements(*each[1:])) for each in plan]
-    if checked and not dry_run:
-        # An open transaction elsewhere may be about to create it too: wait for that as for another runner.
-        db.execute(
-            f"""
-            BEGIN;
-            SET LOCAL lock_timeout = {settings.load().migration_wait * 1000:.0f};
-            CREATE TABLE IF NOT EXISTS {table} (
-                version    bigint PRIMARY KEY,
-                name       text NOT NULL,
-                checksum   text NOT NULL,
-                applied_at timestamptz NOT NULL DEFAULT now(),
-                duration   interval
-            );
-            COMMIT
-            """
-        )
-    for migration, name, text, statements in checked:
+def run(db: cursor, plan: list[Migration], begin: str, end: str, dry_run: bool) -> None:
+    """Run each file between two changes of its record, all in one transaction unless the file asks for none."""
+    for file in plan:
+        if not re.sub(r"--.*|/\*(?s:.*?)\*/|[\s;]", "", file.text):
+            raise SystemExit(f"{file.path.name}: holds no statement, only comments or nothing: write its SQL")
+    if not plan:
+        print("nothing to do")
+    elif not dry_run:
+        db.execute(CREATE_TABLE)
+    for file in plan:
         if dry_run:
-            print(f"would run {name}")
+            print(f"would run {file.path.name}")
             continue
         started = time.monotonic()
-        # What the file set for its session must reach neither the record nor the next file.
-        reset = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL"
-        steps = [(None, begin), *statements, (None, reset), (None, end)]
-        if transaction := text.partition("\n")[0].rstrip() != "-- no-transaction":
-            steps = [(None, "BEGIN"), *steps, (None, "COMMIT")]
-        for line, statement in steps:
-            try:
-                db.execute(statement, None if line else migration._asdict())
-            except psycopg2.Error as error:
-                inside = statement.count("\n", 0, int(error.diag.statement_position or 1) - 1)
-                place = f"{name}:{line + inside}" if line else name
-                waited = f" in {statement.splitlines()[0]}" if error.pgcode == "55P03" else ""
-                left = "" if transaction or not line else "; half-way now: see verify"
-                raise SystemExit(f"{place}: {_line(error)}{waited}{left}") from None
-        print(f"{name} in {(time.monotonic() - started) * 1000:.0f} ms", flush=True)
-    if not checked:
-        print("nothing to do")
+        execute(db, file, begin if file.text.startswith(ALONE) else f"BEGIN; {begin}", f"{end}; COMMIT")
+        print(f"{file.path.name} in {(time.monotonic() - started) * 1000:.0f} ms", flush=True)
 
 
-# --- The command line ---
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = ArgumentParser("svc.migrations", argument_default=SUPPRESS, allow_abbrev=False)
-    parser.format_help = lambda: __doc__
-    parser.error = _wrong_usage
-    commands = {command.__name__: command for command in (status, up, down, verify, new)}
-    parser.add_argument("command", nargs="?", choices=commands, default="up")
-    parser.add_argument("name", nargs="?")
-    parser.add_argument("--json", action="store_true", dest="as_json")
-    end = parser.add_mutually_exclusive_group()
-    end.add_argument("--to", type=int)
-    end.add_argument("--steps", type=int)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--allow-out-of-order", action="store_true", dest="late")
-    parser.add_argument("--database-url", type=_database, dest="url")
-    parser.add_argument("--folder", type=Path)
-    given = vars(parser.parse_intermixed_args(arguments))
-    command = commands[given.pop("command")]
-    if command is not new and "url" not in given:
-        given["url"] = settings.load().database()
+def execute(db: cursor, file: Migration, before: str, after: str) -> None:
+    """Run a file between two statements. Exits with its name, the line if PostgreSQL tells the place, and the error."""
     try:
-        inspect.signature(command).bind(**given)
-    except TypeError:
-        parser.error(f"wrong arguments for {command.__name__}")
+        db.execute(before, file._asdict())
+        if file.text.startswith(ALONE):
+            db.execute(file.text)
+        else:
+            db.execute(EXECUTE, [file.text])
+        db.execute(f"{RESET}; {after}", file._asdict())
+    except psycopg2.Error as error:
+        # A position counts within the whole text, or within the body of a function in it.
+        start = file.text.find(error.diag.internal_query or file.text)
+        position = error.diag.internal_position or error.diag.statement_position
+        line = f":{file.text.count('\n', 0, start + int(position) - 1) + 1}" if position and start >= 0 else ""
+        raise SystemExit(f"{file.path.name}{line}: {describe(error)}") from None
+
+
+def describe(error: psycopg2.Error) -> str:
+    """The error in one line, without the statement and without its values."""
+    return " ".join((error.diag.message_primary or str(error)).split())
+
+
+def main(arguments: list[str]) -> int:
+    parser = ArgumentParser("svc.migrations", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = exit_for_usage
+    commands = parser.add_subparsers(metavar="COMMAND", help="`up` if none is given; COMMAND -h shows its options")
+    for function in (up, down, status, verify, new):
+        command = commands.add_parser(function.__name__, help=function.__doc__, allow_abbrev=False)
+        command.error = exit_for_usage
+        command.set_defaults(function=function)
+        command.add_argument("--database-url", metavar="URL", help="instead of DATABASE_URL")
+        if function in (up, down):
+            command.add_argument("--to", type=int, metavar="VERSION", required=function is down, help="end at VERSION")
+            command.add_argument("--dry-run", action="store_true", help="change nothing, only say what would run")
+    commands.choices["up"].add_argument("--allow-out-of-order", dest="late", action="store_true")
+    commands.choices["status"].add_argument("--json", action="store_true", dest="as_json")
+    commands.choices["new"].add_argument("name")
+    if {*commands.choices, "-h", "--help"}.isdisjoint(arguments):
+        arguments = ["up", *arguments]
+    given = vars(parser.parse_args(arguments))
+    if (url := given.pop("database_url")) is not None:
+        os.environ["DATABASE_URL"] = url.strip() or "="  # settings refuse "=", and take a blank for not set
     try:
-        return 1 if command(**given) is False else 0
+        return 1 if given.pop("function")(**given) is False else 0
     except OSError as error:
-        raise SystemExit(f"{error.filename or 'output'}: {error.strerror}") from None
+        raise SystemExit(f"{error.filename}: {error.strerror}") from None
 
 
-def _database(url: str) -> str:
-    url = url.strip()
-    try:
-        settings.check_database(SecretStr(url or "="))  # "" would be libpq's default, which nobody named
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
-    return url
-
-
-def _wrong_usage(message: str) -> NoReturn:
-    """Exit with one line that repeats no value: it may be the URL of the database, given in the wrong place."""
+def exit_for_usage(message: str) -> NoReturn:
+    """Exit with one line that repeats no value: it may be a URL with its password, given in the wrong place."""
     message = re.sub(r"(unrecognized arguments|invalid \w+|explicit argument)\b.*", r"\1", message, flags=re.DOTALL)
     print(f"svc.migrations: {message}; -h explains", file=sys.stderr)
     raise SystemExit(2)
@@ -422,6 +334,5 @@ def _wrong_usage(message: str) -> NoReturn:
 
 if __name__ == "__main__":
     # psycopg2 waits in C, where Python's own handler does not run: end at once, the server takes back what is open.
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main(sys.argv[1:]))
