@@ -333,6 +333,8 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT: then answer what was accepted, for SHUTDOWN_TIMEOUT seconds at most."""
     config = settings.load()
     config.database()
+    if config.auth is None and config.host not in ("127.0.0.1", "::1", "localhost"):
+        raise SystemExit(f"HOST={config.host} lets others in: set AUTH=on, or AUTH=off if a proxy guards the service")
     check_port(config.host, config.port)
     # uvicorn hands the signal on when it has shut down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

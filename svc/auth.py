@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 # Everything else needs a token.
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/health/live"}
 READ_EVERY = 1.0  # seconds: a token works no longer than that after its end
-READ_WITHIN = 1.0  # seconds for the database to answer
 
 _tokens: dict[str, db.Row] | None = None  # those that count, by their hash; None before they were read
 _unknown: set[str] = set()  # the hashes of others that were sent since they were read
@@ -106,7 +105,7 @@ async def _read() -> None:
         WHERE t.expires_at > now() OR t.expires_at IS NULL
     """
     try:
-        tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, READ_WITHIN)}
+        tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {})}
     except psycopg2.Error as error:
         _error = error
         return

@@ -2,7 +2,6 @@ import asyncio
 import re
 import secrets
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
