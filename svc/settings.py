@@ -1,7 +1,6 @@
 """The environment, typed: every setting with its bounds, read from the environment over `svc/.env`."""
 
 import logging
-import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,21 +8,23 @@ from typing import Annotated, Literal
 import psycopg2
 from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_FILE = Path(__file__).with_name(".env")
 
 
 def check_database(url: SecretStr) -> SecretStr:
-    """The same URL. Raises ValueError, without a word of it, if libpq cannot read it."""
+    """The same URL. Raises ValueError if libpq cannot read it; libpq's own message would repeat the password."""
     try:
         given = parse_dsn(url.get_secret_value())
     except psycopg2.Error:
         given = {"port": "unreadable"}
-    # libpq quotes what it cannot read or find, here or when it connects. With a / or @ in it that is not written as
-    # %2F or %40, the password would be taken for the port or the host.
-    if re.search(r"[^\d,]", given.get("port", "")) or re.search(r"[^,]@", given.get("host", "")):
-        raise ValueError("must be a PostgreSQL URL, such as postgresql://user:password@host:5432/database")
+    # libpq takes the rest of a password with an @ or / for a host, a port or a database, and shows these in errors.
+    host, port, database = (given.get(name, "") for name in ("host", "port", "dbname"))
+    if "@" in host.lstrip("@") + database or port.strip("0123456789,"):  # @ begins the name of an abstract socket
+        example = "postgresql://user:password@host:5432/database"
+        raise ValueError(f"must be a URL such as {example}; in the password write %40 for @, %2F for /, %25 for %")
     return url
 
 
@@ -33,20 +34,15 @@ Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding="utf-8",
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
+        env_file=ENV_FILE, env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
     )
 
     database_url: Database | None = None
     database_test_url: Database | None = None
+    auth: Literal["on", "off"] | None = None  # None: nobody said, which serves as off
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     debug: bool = False
     host: str = "127.0.0.1"
-    auth: Literal["on", "off"] | None = None
     port: int = Field(8000, ge=1, le=65535)
     workers: int = Field(1, ge=1, le=64)
 
@@ -68,14 +64,11 @@ class Settings(BaseSettings):
     shutdown_timeout: int = Field(10, ge=1, le=300)
 
     @model_validator(mode="after")
-    def _relations(self) -> "Settings":
-        for low, high in (
-            ("db_min_connections", "db_max_connections"),
-            ("db_lock_timeout", "db_statement_timeout"),
-            ("db_statement_timeout", "db_deadline"),
-        ):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{low.upper()} must not be above {high.upper()}")
+    def check_order(self) -> "Settings":
+        if self.db_min_connections > self.db_max_connections:
+            raise ValueError("DB_MIN_CONNECTIONS must not be above DB_MAX_CONNECTIONS")
+        if not self.db_lock_timeout <= self.db_statement_timeout <= self.db_deadline:
+            raise ValueError("DB_LOCK_TIMEOUT must not be above DB_STATEMENT_TIMEOUT, nor that above DB_DEADLINE")
         return self
 
     @property
@@ -86,28 +79,32 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """DATABASE_URL. Exits with one line if it is not set."""
         if self.database_url is None:
-            raise SystemExit("DATABASE_URL is not set: give it in the environment or in svc/.env")
+            raise SystemExit(
+                "DATABASE_URL is not set: give it in the environment or in svc/.env. "
+                "`pipenv run dev` brings a database of its own and prints the line that sets it."
+            )
         return self.database_url.get_secret_value()
-
-
-def _refuse(record: logging.LogRecord) -> bool:
-    raise ValueError(record.getMessage().replace("python-dotenv could", "could"))
 
 
 @cache
 def load() -> Settings:
     """The settings of this process, read once. Exits with one line that names what is wrong and shows no value."""
-    dotenv = logging.getLogger("dotenv.main")
-    dotenv.addFilter(_refuse)  # it only warns of a line that it cannot read, and goes on without it
+    logging.getLogger("dotenv.main").addFilter(refuse_line)
     try:
         return Settings()
     except ValidationError as error:
-        found = (f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix(": ") for e in error.errors())
-        raise SystemExit("settings: " + "; ".join(found).replace("Value error, ", "")) from None
+        wrong = "; ".join(map(describe, error.errors()))
     except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            reason = "is not UTF-8"
-        raise SystemExit(f"settings: svc/.env: {reason}") from None
-    finally:
-        dotenv.removeFilter(_refuse)
+        wrong = f"svc/.env: {error}"
+    raise SystemExit(f"settings: {wrong}")
+
+
+def refuse_line(warning: logging.LogRecord) -> bool:
+    """dotenv only warns of a line that it cannot read, and goes on without it."""
+    raise ValueError(warning.getMessage())
+
+
+def describe(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":  # a name in the file; other names in the environment are not ours
+        return f"{error['loc'][0].upper()} stands in svc/.env, and there is no such setting"
+    return ": ".join([*map(str.upper, error["loc"]), error["msg"].removeprefix("Value error, ")])
