@@ -14,10 +14,10 @@ import psycopg2
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
-from svc import db, errors, migrations, models, repo, settings, watch
+from svc import db, errors, metrics, migrations, models, repo, settings, watch
 from svc.errors import problem, problems
 from svc.middleware import Route, middleware
 from svc.responses import created, deleted, document, read_or_wait, stream_list, written
@@ -287,6 +287,12 @@ async def health() -> Response:
 async def health_live() -> dict[str, str]:
     """200 while the process serves. It never asks the database."""
     return {"status": "ok"}
+
+
+@operation.get("/metrics", response_class=PlainTextResponse)
+async def read_metrics() -> Response:
+    """What the process that answers has counted, for Prometheus."""
+    return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 app = FastAPI(
