@@ -17,18 +17,18 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
-from svc import db, errors, metrics, migrations, models, repo, settings, watch
+from svc import auth, db, errors, metrics, migrations, models, repo, settings, watch
 from svc.errors import problem, problems
 from svc.middleware import Route, middleware
 from svc.responses import created, deleted, document, read_or_wait, stream_list, written
 
 MERGE_PATCH = "application/merge-patch+json"
 
-PathId = Annotated[str, Path(pattern=models.ULID_PATTERN)]  # python-ulid would take 9 µs
-PathName = Annotated[
-    models.Name, BeforeValidator(lambda sent: unquote(sent, errors="strict")), Path(description="Percent-encoded.")
-]
-Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION)]
+PathId = Annotated[str, Path(pattern=models.ULID_PATTERN, description="A ULID.")]  # python-ulid would take 9 µs
+Decoded = Annotated[models.Name, BeforeValidator(lambda sent: unquote(sent, errors="strict"))]
+OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["billing"])]
+PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
+Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
 When = Annotated[models.Conditions, Header()]
 IfNoneMatch = Annotated[models.WeakETags, Header(description="Answer 304 if one of these is the current ETag, or *.")]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
@@ -177,7 +177,7 @@ async def delete_configuration(id: PathId, when: When) -> Response:
 
 @named.get("", response_model=list[models.Configuration], responses=LIST | problems(404))
 async def list_configurations_by_name(
-    request: Request, application_name: PathName, wanted: Annotated[models.NamedFilter, Query()]
+    request: Request, application_name: OwnerName, wanted: Annotated[models.NamedFilter, Query()]
 ) -> Response:
     """All configurations of one application, ordered by id, or those that match."""
     id = await repo.find_application(application_name)
@@ -189,7 +189,7 @@ async def list_configurations_by_name(
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
 async def read_configuration_by_name(
-    request: Request, application_name: PathName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
+    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
 ) -> Response:
     """One configuration by the names of its application and its own."""
     row = await read_or_wait(request, (application_name, name), if_none_match, wait)
@@ -198,7 +198,7 @@ async def read_configuration_by_name(
 
 @named.put("/{name:path}", response_model=models.Configuration, responses=UPDATE | CREATE)
 async def put_configuration(
-    request: Request, application_name: PathName, name: PathName, when: When, new: models.ConfigurationPut
+    request: Request, application_name: OwnerName, name: PathName, when: When, new: models.ConfigurationPut
 ) -> Response:
     """Replace a configuration, or create it. `If-None-Match: *` creates only."""
     row = await repo.put_configuration((application_name, name), new, when)
@@ -211,7 +211,7 @@ async def put_configuration(
 
 @named.patch("/{name:path}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
 async def patch_configuration_by_name(
-    application_name: PathName, name: PathName, when: When, changes: Patch
+    application_name: OwnerName, name: PathName, when: When, changes: Patch
 ) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
     row = await repo.update_configuration((application_name, name), changes, when, merge=True)
@@ -219,7 +219,7 @@ async def patch_configuration_by_name(
 
 
 @named.delete("/{name:path}", status_code=204, responses=DELETE)
-async def delete_configuration_by_name(application_name: PathName, name: PathName, when: When) -> Response:
+async def delete_configuration_by_name(application_name: OwnerName, name: PathName, when: When) -> Response:
     """Remove a configuration. Its versions are kept."""
     row = await repo.delete_configuration((application_name, name), when)
     return deleted(row, missing_name(row), when)
@@ -313,11 +313,37 @@ app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/ap
 app.add_middleware(middleware)
 
 
+TAGS = {
+    "applications": "What has configurations: a program, a service.",
+    "configurations": "JSON documents with a name, by id, or by the names of the application and their own.",
+    "versions": "What configurations were, who changed them, and the way back.",
+    "operation": "The service itself.",
+}
+COMMENTS = {"comments": "Reviewed every quarter"}
+CONFIG = {"config": {"database": {"host": "db1.internal", "port": 5432}}}
+# The bodies that /docs fills in, which do no harm when they are sent as they are, and then others.
+EXAMPLES = {
+    "ApplicationCreate": [{"name": "billing"}],
+    "ApplicationUpdate": [COMMENTS],
+    "ConfigurationCreate": [{"application_id": models.APPLICATION_ID, "name": "staging", **CONFIG}],
+    "ConfigurationUpdate": [COMMENTS],
+    "ConfigurationPut": [COMMENTS, CONFIG],
+}
+
+
 def openapi() -> dict[str, Any]:
     if app.openapi_schema is None:
-        app.openapi_schema = errors.describe(
-            get_openapi(title=app.title, version=app.version, description=app.description, routes=DOCUMENTED)
-        )
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=DOCUMENTED)
+        schema["tags"] = [{"name": name, "description": text} for name, text in TAGS.items()]
+        schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"token": []}]
+        for path in auth.OPEN & schema["paths"].keys():
+            open_operation = schema["paths"][path]["get"]
+            open_operation["security"] = []
+            del open_operation["responses"]["401"], open_operation["responses"]["403"]
+        for name, examples in EXAMPLES.items():
+            schema["components"]["schemas"][name]["examples"] = examples
+        app.openapi_schema = errors.describe(schema)
     return app.openapi_schema
 
 
