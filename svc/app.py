@@ -14,10 +14,10 @@ import psycopg2
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
-from svc import auth, db, errors, metrics, migrations, models, repo, settings, watch
+from svc import auth, db, errors, index, metrics, migrations, models, repo, settings, watch
 from svc.errors import problem, problems
 from svc.middleware import Route, middleware
 from svc.responses import created, deleted, document, read_or_wait, stream_list, written
@@ -293,6 +293,11 @@ async def health_live() -> dict[str, str]:
 async def read_metrics() -> Response:
     """What the process that answers has counted, for Prometheus."""
     return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@operation.get("/", include_in_schema=False)
+async def read_index(request: Request) -> Response:
+    return HTMLResponse(index.page(app.openapi(), str(request.base_url).rstrip("/")))
 
 
 app = FastAPI(
