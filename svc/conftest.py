@@ -75,12 +75,10 @@ def sql(url: str) -> Sql:
     return lambda statement, *params: run_sql(url, statement, *params)
 
 
-@pytest.fixture(scope="session")
-def base_url(url: str) -> Iterator[str]:
-    """The service in a thread of this process, as uvicorn serves it."""
-    os.environ["DATABASE_URL"] = url
-    settings.load.cache_clear()
-    server = uvicorn.Server(uvicorn.Config("svc.app:app", port=0, log_level="warning", ws="none"))
+@contextmanager
+def serving(**options: Any) -> Iterator[str]:
+    """The service in a thread of this process, as uvicorn serves it with these options: its URL."""
+    server = uvicorn.Server(uvicorn.Config("svc.app:app", port=0, log_level="warning", ws="none", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -89,6 +87,14 @@ def base_url(url: str) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def base_url(url: str) -> Iterator[str]:
+    os.environ["DATABASE_URL"] = url
+    settings.load.cache_clear()
+    with serving() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
