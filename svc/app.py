@@ -251,6 +251,8 @@ async def restore_version(id: PathId, version: Version, when: When) -> Response:
     row = await repo.restore_version(id, version, when)
     if row and not row["written"] and repo.conditions_hold(row, when):
         raise HTTPException(404, NO_VERSION)
+    if row is None and when.if_match and await repo.read_version(id, version):
+        raise HTTPException(412, "The configuration is deleted: leave If-Match out to restore it.")
     return written(row, NO_VERSION, when)
 
 

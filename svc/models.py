@@ -99,8 +99,13 @@ def _check_ulid(value: Any) -> str:
 
 
 def parse_etags(lines: list[str]) -> list[str]:
-    """The entity tags of a header, or *. What is malformed equals no ETag. Empty only if there is no such header."""
-    return re.findall(r'(?:W/)?"[^"]*"|[^\s,]+', ", ".join(lines)) or lines
+    """The entity tags of a header, or * if that is all of it. What is malformed equals no ETag.
+
+    Empty only if there is no such header.
+    """
+    value = ", ".join(lines).strip()
+    tags = re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value)
+    return lines and (tags or [value])
 
 
 def parse_weak_etags(lines: list[str]) -> list[str]:
