@@ -13,8 +13,8 @@ Refused before anything runs: a file that was edited, renamed or deleted after i
 number, and, unless --allow-out-of-order is given, a pending file that is older than the newest applied one. A database
 that newer code has migrated is left as it is.
 
-`down` first prints which tables that hold rows will go. It finds them by running the files in a transaction that it
-rolls back, without the `-- no-transaction` files. With --dry-run it ends there.
+`down` first prints which tables that hold rows will go. To find them it runs the files in one transaction and rolls it
+back, so it takes their locks for a moment, also with --dry-run. It leaves out `-- no-transaction` files.
 
 Only one runner works at a time. Others wait for it, at most MIGRATION_WAIT seconds. A statement that waits for a lock
 longer than MIGRATION_LOCK_TIMEOUT seconds fails, unless its file sets another lock_timeout. CREATE INDEX CONCURRENTLY,
@@ -84,7 +84,7 @@ END_DOWN = "DELETE FROM migrations WHERE version = %(version)s"
 # Within EXECUTE, PostgreSQL refuses what would end the transaction.
 EXECUTE = "SELECT set_config('svc.file', %s, true); DO $$ BEGIN EXECUTE current_setting('svc.file'); END $$"
 # What a file sets must reach neither its record nor the next file.
-RESET = "RESET SESSION AUTHORIZATION; RESET ALL; CLOSE ALL; DISCARD TEMP"
+RESET = "RESET SESSION AUTHORIZATION; RESET ALL; DISCARD TEMP"
 TABLES = "SELECT relid::regclass::text AS name, relid AS oid FROM pg_stat_user_tables ORDER BY name"
 
 
@@ -180,7 +180,7 @@ def lock_and_check(db: cursor, *accepted: str) -> list[State]:
     end = time.monotonic() + settings.load().migration_wait
     # Tried, not waited for: CREATE INDEX CONCURRENTLY would wait for the snapshot of a statement that waits.
     while not fetch_value(db, "SELECT pg_try_advisory_lock(hashtext('svc.migrations'))"):
-        if False:
+        if time.monotonic() > end:
             raise SystemExit("another runner is still at work: try later, or see what it waits for")
         time.sleep(0.05)
     states = compare(db)
