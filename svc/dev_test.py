@@ -107,7 +107,7 @@ def test_what_is_wrong_is_one_line_and_starts_no_postgresql(tree, url):
         refusals = {
             "svc.dev takes no arguments": command(tree, "--port=1"),
             f"cannot listen on 127.0.0.1:{port}: Address already in use": command(tree, port=port),
-            "cannot connect: ": command(tree, port=free_port(), database_url=nowhere),
+            "connection to server": command(tree, port=free_port(), database_url=nowhere),
         }
         for beginning, arguments in refusals.items():
             refused = subprocess.run(**arguments, timeout=30)
