@@ -1,191 +1,109 @@
-import json
-import signal
-import threading
-from argparse import Namespace
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 
 from svc import bench
-from svc.models import Application, Configuration
 from svc.test.process import until
 
-WRK = """\
-Running 1s test @ http://127.0.0.1:8799/
-  1 threads and 2 connections
-  Thread Stats   Avg      Stdev     Max   +/- Stdev
-    Latency     1.44ms  431.41us   3.64ms   50.00%
-    Req/Sec     1.35k    29.31     1.41k    81.82%
-  Latency Distribution
-     50%  808.00us
-     75%    1.71ms
-     90%    1.96ms
-     99%    2.61ms
-  1475 requests in 1.10s, 2.60MB read
-Requests/sec:   1340.90
-Transfer/sec:      2.36MB
+# Sends the first request of its script, and says the status of the answer for the requests a second.
+FAKE_WRK = f"""#!{sys.executable} -SE
+import json, socket, sys
+script, base = sys.argv[-2:]
+host, port = base.removeprefix("http://").split(":")
+connection = socket.create_connection((host, int(port)))
+connection.sendall(json.loads(open(script).readlines()[1].rstrip(",\\n")).encode())
+status = connection.recv(1000).split()[1].decode()
+print(f"     50%  808.00us\\n     75%    1.71ms\\n     99%    2.61s \\nRequests/sec:   {{status}}.10")
+if status >= "400":
+    print("  Non-2xx or 3xx responses: 1")
 """
+PUT = bench.Target("http://127.0.0.1:1", "PUT", f"/api/v1{bench.BY_ID}")
+COMMAND = [sys.executable, "-m", "svc.bench", "--seconds=1", "--rounds=1", "--applications=5"]
 
 
 @pytest.fixture
-def fake_wrk(tmp_path, monkeypatch):
-    """Puts a program `wrk` first in PATH that writes what it is told to, for the tests' machine may have none."""
-
-    def put(output: str, last: str = "exit 0") -> None:
-        path = tmp_path / "wrk"
-        path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n{last}\n")
-        path.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield put
-    signal.signal(signal.SIGTERM, before)
+def wrk(tmp_path, monkeypatch):
+    """The file of a program `wrk`, first in PATH: the machine of the tests may have none."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = tmp_path / "wrk"
+    path.touch(0o755)
+    return path
 
 
-@pytest.fixture
-def served(url, configuration, sql, monkeypatch):
-    """The bench's application with a stand-in for the service, which the tests have open already."""
-    bench.make_textbook(url)
-    hello = Route("/api/v1/hello", lambda request: PlainTextResponse("hello"))
-    monkeypatch.setattr(bench, "service", Starlette(routes=[hello]))
-    server = uvicorn.Server(uvicorn.Config(bench.app, port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        with httpx.Client(base_url=f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}") as made:
-            yield made
-    finally:
-        server.should_exit = True
-        thread.join()
-        sql("DROP SCHEMA textbook CASCADE")
+@pytest.mark.parametrize("end", ["echo Non-2xx", "echo Socket errors", "echo Requests/sec: 0.00", "echo >&2", "exit 1"])
+def test_requests_that_failed_end_the_run(wrk, end):
+    wrk.write_text(f"#!/bin/sh\necho Requests/sec: 100.00\n{end}\n")
+    with pytest.raises(SystemExit, match=r"PUT /api/v1/configurations/[^ ]*: Requests/sec"):
+        bench.wrk(PUT, [bench.FIRST], 1, 1)
 
 
-def test_the_output_of_wrk_is_read():
-    assert bench.parse_wrk(WRK, "GET") == {"rate": 1340.9, "p50": 0.808, "p99": 2.61}
+def test_no_put_repeats_another():
+    assert len({bench.write_request(PUT, bench.FIRST) for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize(
-    ("output", "said"),
-    [
-        (WRK + "  Non-2xx or 3xx responses: 2474\n", "GET: Non-2xx or 3xx responses: 2474"),
-        (WRK + "  Socket errors: connect 0, read 3, write 0, timeout 0\n", "GET: Socket errors: connect 0, read 3"),
-        (WRK.replace("1340.90", "0.00"), "GET: wrk says: Running 1s test"),
-        ("unable to connect\n", "GET: wrk says: unable to connect"),
-    ],
-)
-def test_requests_that_failed_end_the_run(output, said):
-    with pytest.raises(SystemExit) as ended:
-        bench.parse_wrk(output, "GET")
-    assert str(ended.value).startswith(said)
-
-
-def test_a_wrk_that_cannot_read_its_script_ends_the_run(fake_wrk, tmp_path):
-    fake_wrk(WRK, "echo 'syntax error' >&2")
-    options = Namespace(folder=tmp_path, applications=1, seconds=1)
-    with pytest.raises(SystemExit, match="syntax error"):
-        bench.wrk(options, "http://127.0.0.1:1", bench.BARE_ROUTE, 1)
-
-
-def test_medians_are_compared_with_the_bare_route_and_the_textbook():
-    rounds = [
-        {
-            "bare": {"rate": 1000.0, "p50": 1.0},
-            "textbook": {"rate": 200.0, "p50": 5.0},
-            "service": {"rate": rate, "p50": 2.0},
-        }
-        for rate in (1.0, 800.0, 900.0)
-    ]
-    assert bench.compared("GET", 16, rounds)[2] == {
-        "operation": "GET",
-        "connections": 16,
-        "design": "service",
-        "rate": 800.0,
-        "p50": 2.0,
-        "to_bare": 0.8,
-        "to_textbook": 4.0,
-    }
-
-
-def test_without_wrk_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_run_without_wrk_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"^wrk is missing: .*install"):
         bench.main([])
 
 
-@pytest.mark.parametrize("given", [["--rounds", "0"], ["--only", "nothing is called so"]])
-def test_a_run_that_would_measure_nothing_is_refused(given):
-    with pytest.raises(SystemExit) as ended:
-        bench.main(given)
-    assert ended.value.code == 2
-
-
-def test_ctrl_c_ends_without_a_traceback(fake_wrk, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    fake_wrk(WRK)
-    monkeypatch.setattr(bench, "run", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        bench.main([])
-    assert ended.value.code == 130
-
-
-def test_a_service_that_does_not_start_ends_the_run(url):
-    with pytest.raises(SystemExit, match="did not start"), bench.serve(url, "svc.bench:nothing"):
+def test_an_application_that_does_not_start_ends_the_run(url):
+    with pytest.raises(SystemExit, match="did not start"), bench.serve(url, "svc.bench:nothing", "/bare"):
         pass
 
 
-def test_an_unexpected_status_ends_the_run(base_url):
-    with pytest.raises(SystemExit, match="GET configuration by id: 404"):
-        bench.check(base_url, bench.OPERATIONS[0])
+def test_the_textbook_and_the_bare_route_answer_as_the_service_does(new_database):
+    with (
+        new_database() as url,
+        bench.serve(url, "svc.bench:baseline", "/bare") as baseline,
+        bench.serve(url, "svc.app:app", "/health/live") as api,
+    ):
+        bench.make_data(url, applications=2)
+        textbook, service = f"{baseline.base}/textbook", f"{api.base}/api/v1"
+        configuration = bench.fill(bench.BY_ID, bench.FIRST)
+        shown = httpx.get(service + configuration)
+        assert len(httpx.get(f"{baseline.base}/bare").content) == pytest.approx(len(shown.content), rel=0.02)
+        application = f"/applications/{bench.APPLICATION}{bench.FIRST}"
+        for kind, path in (bench.TextbookConfiguration, configuration), (bench.TextbookApplication, application):
+            read, shown = httpx.get(textbook + path).json(), httpx.get(service + path).json()
+            assert read.keys() == shown.keys()
+            assert kind(**read) == kind(**shown)
+
+        change = {"name": "staging", "config": {"port": 1}}
+        put, shown = (httpx.put(base + configuration, json=change).json() for base in (textbook, service))
+        assert put == shown | {"created_at": put["created_at"], "updated_at": put["updated_at"]}
+        assert httpx.get(textbook + configuration).json() == put
 
 
-def test_the_textbook_design_answers_as_the_service_does(client, served, application, configuration):
-    id = configuration["id"]
-    read, shown = served.get(f"/textbook/configurations/{id}"), client.get(f"/configurations/{id}")
-    assert Configuration.model_validate(read.json()) == Configuration.model_validate(shown.json())
-
-    path = f"/applications/{application['id']}"
-    read, shown = served.get(f"/textbook{path}"), client.get(path)
-    assert read.json()["configuration_ids"] == [id]
-    assert Application.model_validate(read.json()) == Application.model_validate(shown.json())
-
-    change = {"name": "staging", "config": {"port": 1}}
-    put = served.put(f"/textbook/configurations/{id}", json=change)
-    shown = client.put(f"/configurations/{id}", json=change)
-    assert put.json() == shown.json() | {"updated_at": put.json()["updated_at"], "created_at": put.json()["created_at"]}
-    assert served.get(f"/textbook/configurations/{id}").json() == put.json()
-    assert served.get("/textbook/configurations/unknown").status_code == 404
+@pytest.mark.slow
+def test_a_whole_run_has_every_row(wrk):
+    wrk.write_text(FAKE_WRK)
+    done = subprocess.run(COMMAND, env=bench.environment(""), cwd=bench.ROOT, stdout=subprocess.PIPE, text=True)
+    lines = {line[:44].rstrip(): line[44:].split() for line in done.stdout.splitlines()}
+    assert {row.name for row in bench.ROWS} < lines.keys()
+    assert lines["GET configuration by id: 304"] == ["64", "304", "0.81", "2610.00", "1.52", "1.52"]
+    assert float(lines["seconds to the first 200"][0]) > 0.1
+    assert float(lines["MB resident after load"][0]) > 20
 
 
-def test_the_bare_route_stands_beside_the_service_and_answers_as_much(client, served, application):
-    assert served.get("/api/v1/hello").text == "hello"
-    config = {**bench.SETTINGS, "tenant": str(bench.FIRST)}
-    body = {"application_id": application["id"], "name": "environment-1", "config": config}
-    answer = client.post("/configurations", json=body)
-    assert len(served.get("/bare").content) == pytest.approx(len(answer.content), rel=0.02)
-
-
-def test_a_whole_run(fake_wrk, capsys, monkeypatch):
-    fake_wrk(WRK)
-    monkeypatch.setattr(bench, "CONNECTIONS", (2,))
-    bench.main(["--seconds", "1", "--rounds", "1", "--applications", "5", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    figures = {"connections": 2, "rate": 1340.9, "p50": 0.808, "p99": 2.61}
-    first = {"operation": "GET configuration by id", "design": "bare", **figures, "to_bare": 1.0}
-    assert report["operations"][0] == first | {"to_textbook": 1.0}
-    designs = {}
-    for row in report["operations"]:
-        designs.setdefault(row["operation"], []).append(row["design"])
-    assert designs["PUT configuration"] == ["bare", "textbook", "service", "pgbench"]
-    assert designs["GET configuration by id: 304"] == ["bare", "unconditional", "service"]
-    assert list(designs) == [each.name for each in bench.OPERATIONS]
-    assert min(report["process"].values()) > 0
-    lines = bench.table(report).splitlines()
-    assert len([line for line in lines if "bare  " in line]) == 2  # the head and one row
-    assert lines[-1].startswith("ms until")
+def test_a_run_that_is_stopped_stops_what_it_started(wrk, tmp_path, monkeypatch):
+    wrk.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 600\n")
+    command = [*COMMAND, "--only=process"]
+    # Not in tmp_path: each pytest that starts closes that folder to other users, so also to the user of PostgreSQL.
+    with TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        process = subprocess.Popen(command, env=bench.environment(""), cwd=bench.ROOT, start_new_session=True)
+        try:
+            until((tmp_path / "started").exists, 60)
+            [[postgres, *_]] = [path.read_text().split() for path in Path(folder).glob("*/postmaster.pid")]
+        finally:
+            process.terminate()
+        assert process.wait(60) == 130
+    until(lambda: not Path(f"/proc/{postgres}").exists(), 60)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
