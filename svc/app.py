@@ -41,7 +41,10 @@ Patch = Annotated[models.ConfigurationUpdate, Body(media_type=MERGE_PATCH)]
 NO_APPLICATION = "There is no application with this id."
 NO_APPLICATION_NAMED = "There is no application with this name."
 NO_CONFIGURATION = "There is no configuration with this id."
-NO_VERSION = "There is no such version to restore: see the list of versions, and that the application exists."
+NO_VERSION = (
+    "There is nothing to restore: no such version, or one that records a deletion; or the configuration is deleted, "
+    "and its application too, or If-Match was sent."
+)
 
 
 def headers(**descriptions: str) -> dict[str, Any]:
@@ -251,8 +254,6 @@ async def restore_version(id: PathId, version: Version, when: When) -> Response:
     row = await repo.restore_version(id, version, when)
     if row and not row["written"] and repo.conditions_hold(row, when):
         raise HTTPException(404, NO_VERSION)
-    if row is None and when.if_match and await repo.read_version(id, version):
-        raise HTTPException(412, "The configuration is deleted: leave If-Match out to restore it.")
     return written(row, NO_VERSION, when)
 
 

@@ -109,6 +109,7 @@ async def _read() -> None:
     except psycopg2.Error as error:
         _error = error
         return
+    _unknown.update((_tokens or {}).keys() - tokens.keys())  # what has ended is no news
     _changes += tokens != _tokens
     _tokens, _error = tokens, None
 

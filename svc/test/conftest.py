@@ -1,9 +1,10 @@
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from svc.test.faults import folders, initialise, start
+from svc.test.faults import filled, folders, initialise, new_database, serving, sql, start
 
 
 @pytest.fixture(scope="module")
@@ -13,3 +14,17 @@ def server() -> Iterator[Path]:
         initialise(parent / "a")
         start(parent / "a")
         yield parent / "a"
+
+
+@pytest.fixture(scope="module")
+def service_of_all(server: Path) -> Iterator[SimpleNamespace]:
+    with serving(new_database(server)) as served:
+        yield served
+
+
+@pytest.fixture
+def served(service_of_all: SimpleNamespace) -> SimpleNamespace:
+    """The service with every connection open, on tables that are empty."""
+    sql(service_of_all.url, "TRUNCATE applications CASCADE")
+    service_of_all.before = filled(service_of_all)
+    return service_of_all

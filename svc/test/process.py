@@ -1,7 +1,6 @@
 """The service as a process of its own, for tests that stop it, kill it or ask how it ends."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -44,16 +43,12 @@ def environment(**settings: Any) -> dict[str, str]:
 
 @contextmanager
 def service(
-    url: str,
-    module: str = "svc.app",
-    output: int | IO[str] = subprocess.DEVNULL,
-    port: int | None = None,
-    **settings: Any,
+    url: str, output: int | IO[str] = subprocess.DEVNULL, port: int | None = None, **settings: Any
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process of `python -m svc.app` on a database, and its base URL, once it answers /health/live."""
     port = port or free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", "svc.app"],
         env=environment(database_url=url, port=port, **settings),
         cwd=ROOT,
         stdout=output,
@@ -64,8 +59,7 @@ def service(
         until(lambda: live(base))
         yield process, base
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
