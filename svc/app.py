@@ -75,11 +75,15 @@ def missing_name(row: db.Row) -> str:
     return "This application has no configuration with this name." if found else NO_APPLICATION_NAMED
 
 
+def set_up_log(config: settings.Settings) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("svc").setLevel(config.level)
+
+
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     config = settings.load()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("svc").setLevel(config.level)
+    set_up_log(config)
     # One descriptor a connection: the usual soft limit of 1,024 would keep clients out.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -383,10 +387,12 @@ def main() -> None:
 
 
 def serve(config: settings.Settings, **options: Any) -> None:
+    set_up_log(config)
     uvicorn.run(
         "svc.app:app",
         host=config.host,
         port=config.port,
+        log_config=None,  # its lines have the format of the others
         log_level=config.level.lower(),
         timeout_graceful_shutdown=config.shutdown_timeout,
         timeout_keep_alive=75,  # longer than the load balancer's, which else sends into a closing connection
