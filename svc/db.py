@@ -150,7 +150,7 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
         _pool.putconn(lent, job)  # which closes it if it is lost
         seconds = monotonic() - started
         level = logging.WARNING if seconds >= _settings.db_slow_statement else logging.DEBUG
-        log.log(level, "statement %s took %.4f s", name, seconds)
+        log.log(level, "statement: %s took %.4f s", name, seconds)
 
 
 # --- What psycopg2's pool has no public name for ---
