@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from math import log10
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
 
 MAX_DEPTH = 100
+MAX_DIGITS = 8 * 1024**2  # of all large numbers of a body, written out
 MAX_VERSION = 2**31 - 1
 MAX_POSITION = 2**63 - 1
 MAX_CONTAINS = 2048
@@ -27,11 +29,11 @@ def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises json.JSONDecodeError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice
-    in one object, NaN and infinities, numbers beyond a double, integers of more than 4,300 digits, depth over 200.
+    in one object, NaN and infinities, numbers beyond a double, integers of more than 4,300 characters, depth over 200.
     """
     try:
         from_json(text, allow_inf_nan=False)  # refuses all of that but what the two hooks refuse
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number_parser())
     except OverflowError:
         raise json.JSONDecodeError("A number is beyond the range of a double", "", 0) from None
     except ValueError as error:
@@ -45,13 +47,26 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _number(literal: str) -> float | int:
+def _number_parser() -> Callable[[str], float | int]:
     """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
-    Every double from 1e16 on is whole. Raises OverflowError for 1e400.
+    Every double from 1e16 on is whole. Raises OverflowError for 1e400, and ValueError beyond MAX_DIGITS: 1 MB of 1e308
+    has 53 MB of digits, and no other request is served while they are written out.
     """
-    number = float(literal)
-    return int(number) if abs(number) >= 1e16 else number
+    room: float = MAX_DIGITS
+
+    def parse(literal: str) -> float | int:
+        nonlocal room
+        number = float(literal)
+        if abs(number) < 1e16:
+            return number
+        whole = int(number)
+        room -= log10(abs(number))
+        if room < 0:
+            raise ValueError(f"The large numbers have more than {MAX_DIGITS} digits together")
+        return whole
+
+    return parse
 
 
 def _check_depth(document: dict[str, Any]) -> dict[str, Any]:
