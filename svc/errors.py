@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 MAX_LISTED = 20
+MAX_SHOWN = 100
 RETRY_AFTER = {"Retry-After": "1"}
 INVALID = "The request does not validate: see errors."
 AWAY = "The database cannot answer now: try again."
@@ -102,8 +103,13 @@ def reason(error: psycopg2.Error) -> str:
 
 def invalid(*errors: dict[str, Any]) -> Response:
     """400, with what is wrong at which place, and never the value that was sent."""
-    shown = [{"loc": error["loc"], "msg": _message(error), "type": error["type"]} for error in errors[:MAX_LISTED]]
-    return problem(400, INVALID, errors=shown)
+    return problem(400, INVALID, errors=[_show(error) for error in errors[:MAX_LISTED]])
+
+
+def _show(error: dict[str, Any]) -> dict[str, Any]:
+    # The name of an unknown field may be as long as a body.
+    loc = [part[:MAX_SHOWN] if isinstance(part, str) else part for part in error["loc"]]
+    return {"loc": loc, "msg": _message(error), "type": error["type"]}
 
 
 def _message(error: dict[str, Any]) -> str:

@@ -396,6 +396,7 @@ HEAVY = {
     "240 integers of 4,300 digits": (b'{"config":{"a":[1e22,%s]}}' % b",".join([b"9" * 4300] * 240), 200),
     "170,000 numbers of 309 digits": (b'{"config":{"a":[%s]}}' % b",".join([b"1e308"] * 170_000), 400),
     "70,000 unknown keys": (json.dumps(dict.fromkeys(map(str, range(70_000)))).encode(), 400),
+    "long unknown keys": (json.dumps({f"{'é' * 20_000}{n}": n for n in range(25)}, ensure_ascii=False).encode(), 400),
 }
 
 
