@@ -47,8 +47,11 @@ def middleware(app: ASGIApp) -> ASGIApp:
                     message["headers"].append((b"connection", b"close"))
             if message.get("more_body"):
                 # It waits for the client to read what was sent before: a list must not be held for ever.
-                async with asyncio.timeout(settings.load().body_timeout):
-                    await send(message)
+                try:
+                    async with asyncio.timeout(settings.load().body_timeout):
+                        await send(message)
+                except TimeoutError:
+                    raise TimeoutError("the client does not read") from None
             else:
                 await send(message)
 
