@@ -55,6 +55,8 @@ def middleware(app: ASGIApp) -> ASGIApp:
             else:
                 await send(message)
 
+        # A request that was sent before the answer to another on its connection begins in the context of that one.
+        repo.actor.set("anonymous")
         try:
             await auth.check(scope)
             await app(scope, receive, answer)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from statistics import median
@@ -267,6 +268,16 @@ def test_every_write_is_one_line_in_the_log_and_no_read_is(connection, caplog, n
     until(lambda: len(caplog.messages) > 1)
     pattern = rf"anonymous POST {APPLICATIONS} 201 \d+\.\d ms;anonymous PUT {forged} 404 \d+\.\d ms"
     assert re.fullmatch(pattern, ";".join(caplog.messages))
+
+
+def test_who_is_refused_is_not_logged_as_who_asked_before_on_the_same_connection(url, sql, tmp_path, name):
+    sql("INSERT INTO tokens (name, hash, role) VALUES (%s, %s, 'write')", name, sha256(b"t").hexdigest())
+    with (tmp_path / "log").open("w") as output, service(url, output=output, auth="on") as (_, base):
+        body = b'{"name": "%s"}' % name.encode()
+        admitted = request("POST", APPLICATIONS, body, b"Authorization: Bearer t")
+        read_all(base, admitted + request("POST", APPLICATIONS, body))  # sent at once
+    actors = re.findall(rf"(\S+) POST {APPLICATIONS} (\d+)", (tmp_path / "log").read_text())
+    assert actors == [(f"token:{name}", "201"), ("anonymous", "401")]
 
 
 def test_an_idle_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
