@@ -28,6 +28,7 @@ JITTER = 0.00005  # seconds a woken reader, so that thousands do not read at the
 # The configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
 _readers: dict[asyncio.Event, tuple[repo.Key, frozenset[str]]] = {}
 _changed = asyncio.Event()
+_token_changes = 0  # how often the tokens had changed at the last look
 
 
 @asynccontextmanager
@@ -107,18 +108,17 @@ async def _keep_looking() -> None:
         began = monotonic()
         try:
             await _look()
-            available = True
+            available, pause = True, max(LOOK_EVERY, (monotonic() - began) / SHARE)
         except Exception as error:
             if available:
                 log.warning("changes cannot be seen: %s", one_line(error))
-            available = False
-        pause = max(LOOK_EVERY, (monotonic() - began) / SHARE)
+            available, pause = False, LOOK_EVERY  # how long it took to fail says nothing of what a look costs
 
 
 async def _look() -> None:
     if not _readers:
         return
-    if _is_stopping() or await auth.refresh():
+    if _is_stopping() or await _tokens_changed():
         woken = list(_readers)
     else:
         keys = {key for key, _ in _readers.values()}
@@ -130,3 +130,9 @@ async def _look() -> None:
         ]
     for reader in woken:
         asyncio.get_running_loop().call_later(random.random() * JITTER * len(woken), reader.set)
+
+
+async def _tokens_changed() -> bool:
+    global _token_changes
+    before, _token_changes = _token_changes, await auth.refresh()
+    return _token_changes != before
