@@ -1,320 +1,283 @@
+"""What the statements read, what they wait for, and the rules that the schema keeps, whoever writes."""
+
 import asyncio
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
 import psycopg2
 import pytest
-from pydantic import TypeAdapter
 from ulid import ULID
 
 from svc import db, repo
 from svc.conftest import run_sql
-from svc.models import (
-    Application,
-    ApplicationCreate,
-    ApplicationUpdate,
-    Configuration,
-    ConfigurationCreate,
-    ConfigurationUpdate,
-)
+from svc.models import ApplicationFilter, ChangeFilter, ConfigurationFilter, VersionFilter
 from svc.settings import Settings
-from svc.test.process import service, until
+from svc.test.process import until
 
-UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
-
-
-def new_id() -> str:
-    return str(ULID())
+# No row has it that outlives its transaction.
+ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
 
-# --- The statements ---
+# --- What the statements read ---
 
 
-@pytest.fixture
-def run(url, monkeypatch):
-    """Runs a coroutine with a pool of its own, apart from that of the session's service, should it run."""
-    for each in ("_settings", "_url", "_pool", "_executor"):
-        monkeypatch.setattr(db, each, getattr(db, each, None), raising=False)
-
-    def run(work: Any, url: str = url) -> Any:
-        async def opened() -> Any:
-            async with db.opened(Settings(database_url=url)):
-                return await work
-
-        return asyncio.run(opened())
-
-    return run
-
-
-def test_every_statement_answers_with_id_version_and_the_whole_json(run, name):
-    async def work() -> None:
-        made = await repo.create_application(ApplicationCreate(name=name, comments="said"))
-        shown = Application.model_validate_json(made["json"])
-        assert set(made) == {"id", "version", "json"}
-        assert (made["id"], made["version"]) == (str(shown.id), shown.version) == (made["id"], 1)
-        assert (shown.name, shown.comments, shown.configuration_ids) == (name, "said", [])
-        assert await repo.read_application(made["id"]) == made
-
-        new = ConfigurationCreate(application_id=made["id"], name="n", config={"b": 1, "a": [1.0, None]})
-        configuration = await repo.create_configuration(new)
-        shown = Configuration.model_validate_json(configuration["json"])
-        assert (configuration["id"], configuration["version"]) == (str(shown.id), 1)
-        assert (str(shown.application_id), shown.config, shown.comments) == (made["id"], new_config, None)
-        assert await repo.read_configuration(configuration["id"]) == configuration
-
-        renamed = await repo.update_configuration(configuration["id"], ConfigurationUpdate(name="m"))
-        assert renamed["version"] == 2
-        assert Configuration.model_validate_json(renamed["json"]).name == "m"
-        assert {**(await repo.read_configuration(configuration["id"])), "written": True} == renamed
-        cleared = await repo.update_application(made["id"], ApplicationUpdate(comments=None))
-        shown = Application.model_validate_json(cleared["json"])
-        assert (cleared["version"], shown.comments, shown.name) == (3, None, name)
-        assert [str(id) for id in shown.configuration_ids] == [configuration["id"]]
-        assert {**(await repo.read_application(made["id"])), "written": True} == cleared
-
-    new_config = {"b": 1, "a": [1.0, None]}
-    run(work())
-
-
-def test_what_is_not_there_is_none(run):
-    async def work() -> None:
-        assert await repo.read_application(UNKNOWN) is None
-        assert await repo.read_configuration(UNKNOWN) is None
-        assert await repo.update_application(UNKNOWN, ApplicationUpdate(name="n")) is None
-        assert await repo.update_configuration(UNKNOWN, ConfigurationUpdate(config={})) is None
-
-    run(work())
-
-
-def test_reads_at_once_each_get_their_own_row(run, name):
-    async def work() -> None:
-        news = [ApplicationCreate(name=f"{name}-{n}") for n in range(150)]
-        made = await asyncio.gather(*map(repo.create_application, news))
-        ids = [row["id"] for row in made for _ in range(2)]
-        assert await asyncio.gather(*map(repo.read_application, [*ids, UNKNOWN])) == [
-            *(row for row in made for _ in range(2)),
-            None,
-        ]
-
-    run(work())
-
-
-@pytest.mark.parametrize(("rows", "limit", "more"), [(0, 1, False), (2, 3, False), (3, 3, False), (4, 3, True)])
-def test_a_limited_list_shows_only_what_there_was_when_it_was_asked_for(run, sql, application, rows, limit, more):
-    def new(number: int) -> ConfigurationCreate:
-        return ConfigurationCreate(application_id=application["id"], name=f"name {number}", config={})
-
-    async def work() -> None:
-        made = sorted([(await repo.create_configuration(new(number)))["id"] for number in range(rows)])
-        end, pages = await repo.list_configurations(None, limit, application["id"], None, None)
-        for number in range(40):  # more than fit into one statement
-            await repo.create_configuration(new(100 + number))
-        before_all = f"00{new_id()[2:]}"
-        insert = "INSERT INTO configurations (id, application_id, name, config) VALUES (%s, %s, 'first', '{}')"
-        sql(insert, before_all, application["id"])
-        shown = [each["id"] for each in json.loads("[" + ",".join([page async for page in pages]) + "]")]
-        assert (shown, end) == (made[:limit], made[limit - 1] if more else None)
-
-    run(work())
+APPLICATION_ID = "01ARZ3NDEKTSV4RRFFQ69G0050"
+CONFIGURATION_ID = "02ARZ3NDEKTSV4RRFFQ69G0500"
 
 
 @pytest.fixture(scope="module")
-def many(new_database):
-    """A database of 100 applications with 10 configurations each, of which PostgreSQL knows the statistics."""
+def many(new_database) -> Iterator[str]:
+    """The URL of a database of 300 applications with ten configurations each, of which PostgreSQL knows the statistics.
+
+    Ten applications share the names of their configurations.
+    """
     with new_database() as url:
         run_sql(
             url,
             """
             INSERT INTO applications (id, name)
-            SELECT '01ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'), 'name ' || n FROM generate_series(0, 99) AS n;
+            SELECT '01ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'), 'name ' || n FROM generate_series(0, 299) AS n;
             INSERT INTO configurations (id, application_id, name, config)
             SELECT '02ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'),
-                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'), 'name ' || n,
-                   jsonb_build_object('number', n)
-            FROM generate_series(0, 999) AS n;
+                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'),
+                   'name ' || n % 100, jsonb_build_object('number', n)
+            FROM generate_series(0, 2999) AS n;
             ANALYZE
             """,
         )
         yield url
 
 
-@pytest.mark.parametrize("keys", [1, 32])
-def test_a_read_by_name_looks_at_one_row_however_many_have_the_application_or_the_name(many, keys):
-    named = f"EXPLAIN (COSTS OFF) SELECT c.json {repo._named(repo.CONFIGURATION)}"
-    names = [f"name {number}" for number in range(keys)]
-    plan = run_sql(many, named.replace("%(application_names)s", "%s").replace("%(names)s", "%s"), names, names)
-    [condition] = [line["QUERY PLAN"] for line in plan if "key.name" in line["QUERY PLAN"]]
-    assert condition.strip() in (
-        "Index Cond: ((application_id = applications.id) AND ((name)::text = key.name))",
-        "Index Cond: (((name)::text = key.name) AND (application_id = applications.id))",
-    )
+def rows_read(plan: dict[str, Any]) -> int:
+    """How many rows of tables a plan looked at."""
+    rows = sum(map(rows_read, plan.get("Plans", [])))
+    if "Relation Name" in plan:
+        rows += plan["Actual Loops"] * (plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0))
+    return rows
 
 
-@pytest.mark.parametrize("limit", [None, 5])
 @pytest.mark.parametrize(
-    ("index", "name", "contains"),
-    [("configurations_name_idx", "name 500", None), ("configurations_config_idx", None, '{"number": 500}')],
+    ("read", "rows"),
+    [
+        (lambda: repo.read_configuration(CONFIGURATION_ID), 1),
+        (lambda: repo.read_configuration(("name 50", "name 0")), 2),
+        (lambda: asyncio.gather(*(repo.read_configuration((f"name {n}", "name 0")) for n in range(0, 300, 10))), 60),
+        (lambda: repo.read_etags([CONFIGURATION_ID, ("name 50", "name 0")]), 3),
+        (lambda: anext(repo.list_applications(ApplicationFilter(limit=5, after=APPLICATION_ID))), 7 + 70),
+        (lambda: anext(repo.list_configurations(ConfigurationFilter(limit=5, after=CONFIGURATION_ID))), 7),
+        (lambda: anext(repo.list_configurations(ConfigurationFilter(application_id=APPLICATION_ID))), 10),
+        (lambda: anext(repo.list_configurations(ConfigurationFilter(name="name 0"))), 30),
+        (lambda: anext(repo.list_configurations(ConfigurationFilter(contains='{"number": 500}'))), 1),
+        (lambda: anext(repo.list_configurations(ConfigurationFilter(contains='{"number": 500}', limit=5))), 1),
+        (lambda: anext(repo.list_versions(CONFIGURATION_ID, VersionFilter())), 1),
+        (lambda: anext(repo.list_changes(ChangeFilter(limit=5, before=500))), 7),
+        (lambda: anext(repo.list_changes(ChangeFilter(limit=5, application_id=APPLICATION_ID))), 7),
+    ],
 )
-def test_a_list_by_name_or_by_content_is_read_by_its_index(many, run, index, name, contains, limit):
-    def scans() -> int:
-        [row] = run_sql(many, "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = %s", index)
-        return row["idx_scan"]
+def test_a_statement_reads_no_more_rows_than_it_needs(many, monkeypatch, read, rows):
+    """A page looks at two rows beyond its limit: whether there is more, and whether that one has an equal."""
+    for name, value in list(vars(db).items()):
+        monkeypatch.setattr(db, name, value)  # the session's service gets it back
+    plans = []
+    fetch = db.fetch
 
-    async def work() -> list[str]:
-        _, pages = await repo.list_configurations(None, limit, None, name, contains)
-        return [page async for page in pages]
+    async def explain_and_fetch(name: str, statement: str, params: Any, *within: float) -> list[db.Row]:
+        [row] = await fetch("explain", f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", params)
+        plans.append(row["QUERY PLAN"][0]["Plan"])
+        return await fetch(name, statement, params, *within)
 
-    before = scans()
-    [page] = run(work(), many)
-    assert Configuration.model_validate_json(page).id == "02ARZ3NDEKTSV4RRFFQ69G0500"
-    until(lambda: scans() > before)  # a backend tells what it read when it ends
+    async def work() -> None:
+        async with db.opened(Settings(database_url=many)):
+            await read()
 
-
-def test_the_state_tells_the_migrations_and_whether_it_takes_writes(run):
-    state = run(repo.read_state())
-    assert state["read_only"] is False
-    assert state["migrations"] == sorted(state["migrations"])
-    assert 1 in state["migrations"]
-
-
-# --- The database keeps the rules, whoever writes ---
+    monkeypatch.setattr(db, "fetch", explain_and_fetch)
+    asyncio.run(work())
+    assert sum(map(rows_read, plans)) == rows
 
 
-@pytest.fixture
-def rows(sql, name) -> tuple[str, str]:
-    """An application with one configuration, by SQL alone: their ids."""
-    application, configuration = new_id(), new_id()
-    sql("INSERT INTO applications (id, name) VALUES (%s, %s)", application, name)
-    sql(
-        "INSERT INTO configurations (id, application_id, name, config) VALUES (%s, %s, 'n', '{}')",
-        configuration,
-        application,
+def test_a_page_ends_after_a_megabyte_of_documents(client, application):
+    for name in "abc":
+        body = {"application_id": application["id"], "name": name, "config": {"text": "x" * 600_000}}
+        client.post("/configurations", json=body)
+    page = client.get("/configurations", params={"application_id": application["id"], "limit": 3})
+    rest = client.get(page.links["next"]["url"].removeprefix("/api/v1"))
+    assert [each["name"] for each in page.json() + rest.json()] == ["a", "b", "c"]
+    assert len(rest.json()) == 1
+    assert (
+        client.get("/configurations", params={"application_id": application["id"]}).json() == page.json() + rest.json()
     )
-    return application, configuration
 
 
-RULES = {
-    "an id in lower case": ("UPDATE applications SET id = lower(id) WHERE id = %(a)s", "23001"),
-    "another id": (f"UPDATE applications SET id = '{UNKNOWN}' WHERE id = %(a)s", "23001"),
-    "another id of a configuration": (f"UPDATE configurations SET id = '{UNKNOWN}' WHERE id = %(c)s", "23001"),
-    "another application": (f"UPDATE configurations SET application_id = '{UNKNOWN}' WHERE id = %(c)s", "23001"),
-    "an application with an id that is none": ("INSERT INTO applications (id, name) VALUES ('x', 'x')", "23514"),
-    "an id too big": (f"INSERT INTO applications (id, name) VALUES ('8{UNKNOWN[1:]}', 'x')", "23514"),
-    "an id and a line end": (f"INSERT INTO applications (id, name) VALUES (E'{UNKNOWN}\\n', 'x')", "23514"),
-    "a blank name": (f"INSERT INTO applications (id, name) VALUES ('{UNKNOWN}', E' \\t')", "23514"),
-    "an empty name": ("UPDATE applications SET name = '' WHERE id = %(a)s", "23514"),
-    "no name": ("UPDATE applications SET name = NULL WHERE id = %(a)s", "23502"),
-    "a name too long": ("UPDATE applications SET name = repeat('x', 257) WHERE id = %(a)s", "22001"),
-    "comments too long": ("UPDATE configurations SET comments = repeat('x', 1025) WHERE id = %(c)s", "22001"),
-    "a blank name of a configuration": ("UPDATE configurations SET name = ' ' WHERE id = %(c)s", "23514"),
-    "a config that is a list": ("UPDATE configurations SET config = '[]' WHERE id = %(c)s", "23514"),
-    "a config that is null in JSON": ("UPDATE configurations SET config = 'null' WHERE id = %(c)s", "23514"),
-    "no config": ("UPDATE configurations SET config = NULL WHERE id = %(c)s", "23502"),
-    "a configuration with an id that is none": (
-        "INSERT INTO configurations (id, application_id, name, config) VALUES ('x', %(a)s, 'x', '{}')",
-        "23514",
-    ),
-    "a configuration of nothing": (
-        f"INSERT INTO configurations (id, application_id, name, config) VALUES ('{UNKNOWN}', '{UNKNOWN}', 'x', '{{}}')",
-        "23503",
-    ),
-    "a name twice in an application": (
-        f"INSERT INTO configurations (id, application_id, name, config) VALUES ('{UNKNOWN}', %(a)s, 'n', '{{}}')",
-        "23505",
-    ),
-    "a name of an application twice": (
-        f"INSERT INTO applications (id, name) SELECT '{UNKNOWN}', name FROM applications WHERE id = %(a)s",
-        "23505",
-    ),
-}
+# --- The schema keeps the rules, whoever writes ---
+
+# What they say of versions and times does not count.
+SAID = "99, '2000-01-01', '2000-01-01'"
+ROWS = f"""
+    INSERT INTO applications (id, name, version, created_at, updated_at) VALUES ('{ID}', 'n', {SAID});
+    INSERT INTO configurations (id, application_id, name, config, version, created_at, updated_at)
+    VALUES ('{ID}', '{ID}', 'n', '{{}}', {SAID});
+"""
+APPLICATION = "INSERT INTO applications (id, name) VALUES ('{}', '{}')"
+CONFIGURATION = "INSERT INTO configurations (id, application_id, name, config) VALUES ('{}', '{}', '{}', '{{}}')"
+OTHER = "01ARZ3NDEKTSV4RRFFQ69G5FB0"
+BIG = "jsonb_build_object('a', repeat('x', 8388600))"
+RULES = [
+    (APPLICATION.format("8" + ID[1:], "x"), "applications_id_check"),
+    (APPLICATION.format(ID + "\n", "x"), "applications_id_check"),
+    (APPLICATION.format(OTHER, "n"), "applications_name_key"),
+    ("UPDATE applications SET id = lower(id)", "the id of an application cannot be changed"),
+    ("UPDATE applications SET name = E' \\t'", "applications_name_check"),
+    ("UPDATE applications SET name = NULL", '"name" of relation "applications" violates not-null'),
+    ("UPDATE applications SET name = repeat('x', 257)", "too long for type character varying.256"),
+    (CONFIGURATION.format("x", ID, "x"), "configurations_id_check"),
+    (CONFIGURATION.format(OTHER, OTHER, "x"), "configurations_application_id_fkey"),
+    (CONFIGURATION.format(OTHER, ID, "n"), "configurations_application_id_name_key"),
+    (f"UPDATE configurations SET id = '{OTHER}'", "the ids of a configuration cannot be changed"),
+    (f"UPDATE configurations SET application_id = '{OTHER}'", "the ids of a configuration cannot be changed"),
+    ("UPDATE configurations SET name = ''", "configurations_name_check"),
+    ("UPDATE configurations SET comments = repeat('x', 1025)", "too long for type character varying.1024"),
+    ("UPDATE configurations SET config = '[]'", "configurations_config_check"),
+    ("UPDATE configurations SET config = NULL", '"config" of relation "configurations" violates not-null'),
+    (f"UPDATE configurations SET size = 1, config = {BIG}", "configurations_size_check"),
+    ("SET config_service.actor = ' '; UPDATE configurations SET config = '{\"a\": 1}'", "versions_actor_check"),
+    ("UPDATE configuration_versions SET name = 'x' WHERE false", "append-only"),
+    ("DELETE FROM configuration_versions", "append-only"),
+    ("TRUNCATE configuration_versions", "append-only"),
+    ("SELECT prune_configuration_versions('1 day', 1); DELETE FROM configuration_versions", "append-only"),
+    ("SELECT prune_configuration_versions(NULL, 1)", "needs an age, and at least 1 to keep"),
+    ("SELECT prune_configuration_versions('1 day', NULL)", "needs an age, and at least 1 to keep"),
+    ("SELECT prune_configuration_versions('1 day', 0)", "needs an age, and at least 1 to keep"),
+]
 
 
-@pytest.mark.parametrize(("statement", "code"), RULES.values(), ids=RULES)
-def test_a_rule_holds_for_psql_too(sql, rows, statement, code):
-    application, configuration = rows
-    every = "SELECT a, c FROM applications AS a JOIN configurations AS c ON c.application_id = a.id WHERE a.id = %s"
-    before = sql(every, application)
-    with pytest.raises(psycopg2.Error) as caught:
-        sql(statement.replace("%(a)s", f"'{application}'").replace("%(c)s", f"'{configuration}'"))
-    assert caught.value.pgcode == code
-    assert sql(every, application) == before
-    assert sql("SELECT id FROM applications WHERE id = %s", UNKNOWN) == []
+@pytest.mark.parametrize(("statement", "message"), RULES)
+def test_a_rule_holds_for_psql_too(url, statement, message):
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute(ROWS)
+        with pytest.raises(psycopg2.Error, match=message):
+            cursor.execute(statement)
 
 
-ALL = "SELECT version, created_at, updated_at FROM {} WHERE id = %s"
+@pytest.mark.parametrize(("table", "version"), [("applications", 2), ("configurations", 1)])
+def test_versions_and_times_follow_from_changes_whatever_a_writer_says(url, table, version):
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+
+        def update(change: str) -> tuple:
+            cursor.execute(
+                f"""
+                UPDATE {table} SET {change}, (version, created_at, updated_at) = ({SAID}) WHERE id = '{ID}'
+                RETURNING version, created_at > now() - interval '1 minute', created_at, updated_at
+                """
+            )
+            return cursor.fetchone()
+
+        cursor.execute(ROWS)
+        new = update("name = name")
+        assert new[:2] == (version, True)
+        changed = update("comments = 'said'")
+        assert changed[:3] == (version + 1, True, new[2])
+        assert changed[3] > new[3]
+        assert update("comments = 'said'") == changed
 
 
-def test_versions_and_times_follow_from_changes_whatever_a_writer_says(sql, rows):
-    for table, id in zip(("applications", "configurations"), rows, strict=True):
-        [before] = sql(ALL.format(table), id)
-        assert before["version"] == (2 if table == "applications" else 1)
-        said = "version = 99, created_at = '2000-01-01', updated_at = '2000-01-01'"
-        sql(f"UPDATE {table} SET {said} WHERE id = %s", id)
-        assert sql(ALL.format(table), id) == [before]
-        sql(f"UPDATE {table} SET comments = 'said', {said} WHERE id = %s", id)
-        [after] = sql(ALL.format(table), id)
-        assert after["version"] == before["version"] + 1
-        assert after["created_at"] == before["created_at"]
-        assert after["updated_at"] > before["updated_at"]
-        sql(f"UPDATE {table} SET comments = 'said', name = name WHERE id = %s", id)
-        assert sql(ALL.format(table), id) == [after]
+@pytest.mark.parametrize(
+    ("target", "patch", "merged"),
+    [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        (["a", "b"], ["c", "d"], ["c", "d"]),
+        ({"a": "b"}, ["c"], ["c"]),
+        ({"a": "foo"}, None, None),
+        ({"a": "foo"}, "bar", "bar"),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_a_patch_is_merged_as_in_the_appendix_of_rfc_7396(sql, target, patch, merged):
+    statement = "SELECT merge_patch(%s::jsonb, %s::jsonb)::text AS merged"
+    [row] = sql(statement, json.dumps(target), json.dumps(patch))
+    assert json.loads(row["merged"]) == merged
 
 
-def test_a_new_row_begins_at_version_1_now_whatever_a_writer_says(sql, name):
-    id = new_id()
-    sql(
-        "INSERT INTO applications (id, name, version, created_at, updated_at) VALUES (%s, %s, 7, '2000-01-01', NULL)",
-        id,
-        name,
-    )
-    [row] = sql(ALL.format("applications") + " AND created_at > now() - interval '1 minute'", id)
-    assert (row["version"], row["updated_at"]) == (1, row["created_at"])
+# --- Writers that wait for each other ---
 
 
-def test_a_configuration_added_or_removed_is_a_new_version_of_its_application(sql, rows):
-    application, configuration = rows
-    [before] = sql(ALL.format("applications"), application)
-    sql("UPDATE configurations SET config = '{\"a\": 1}' WHERE id = %s", configuration)
-    assert sql(ALL.format("applications"), application) == [before]  # it shows ids only
-    sql("DELETE FROM configurations WHERE id = %s", configuration)
-    [after] = sql(ALL.format("applications"), application)
-    assert (after["version"], after["created_at"]) == (before["version"] + 1, before["created_at"])
-    assert after["updated_at"] > before["updated_at"]
-    sql(
-        """
-        INSERT INTO configurations (id, application_id, name, config)
-        SELECT substr(%s, 1, 24) || 'Z' || n, %s, n, '{}' FROM generate_series(1, 3) AS n
-        """,
-        configuration,
-        application,
-    )
-    assert sql(ALL.format("applications"), application)[0]["version"] == before["version"] + 4
+@contextmanager
+def behind(url: str, request: Callable[[], httpx.Response], *statements: str) -> Iterator[tuple[Any, Future]]:
+    """A cursor whose transaction has run these statements, and the future of a request that has come to wait for it."""
+    connection = psycopg2.connect(url)
+    with ThreadPoolExecutor(1) as threads, closing(connection), connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+        answer = threads.submit(request)
+        blocked = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        until(lambda: run_sql(url, blocked, connection.info.backend_pid))
+        yield cursor, answer
 
 
-def test_an_application_takes_its_configurations_with_it(sql, rows):
-    application, configuration = rows
-    sql("DELETE FROM applications WHERE id = %s", application)
-    assert sql("SELECT id FROM configurations WHERE id = %s", configuration) == []
+@pytest.mark.parametrize("key", ["by id", "by name"])
+@pytest.mark.parametrize("write", ["delete", "rename", "restore"])
+def test_who_deletes_or_renames_a_configuration_waits_for_its_application_first(
+    client, url, application, configuration, write, key
+):
+    """Else it and the deletion of its application would wait for each other, or it and another that gets its name."""
+    path = by_id = f"/configurations/{configuration['id']}"
+    if key == "by name":
+        path = f"/applications/{application['name']}/configurations/production"
+    patch = {"headers": {"Content-Type": "application/merge-patch+json"}, "content": '{"name": "n"}'}
+    requests = {
+        "delete": lambda: client.delete(path),
+        "rename": lambda: client.patch(path, **patch),
+        "restore": lambda: client.post(f"{by_id}/versions/1/restore"),
+    }
+    locked = f"SELECT FROM applications WHERE id = '{application['id']}' FOR UPDATE"
+    with behind(url, requests[write], locked) as (other, answer):
+        other.execute(f"SELECT FROM configurations WHERE id = '{configuration['id']}' FOR UPDATE NOWAIT")
+        other.execute(f"DELETE FROM applications WHERE id = '{application['id']}'")
+        other.connection.commit()
+        assert answer.result().status_code == 404
 
 
-# --- Together ---
+def test_who_keeps_the_name_of_a_configuration_waits_for_nobody(client, url, application, configuration):
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT FROM applications WHERE id = %s FOR UPDATE", (application["id"],))
+        assert client.put(f"/configurations/{configuration['id']}", json={"config": {}}).status_code == 200
+
+
+@pytest.mark.parametrize("status", [204, 409])
+def test_an_application_that_waits_to_be_deleted_goes_by_what_it_has_then(
+    client, url, application, configuration, status
+):
+    path = f"/applications/{application['id']}"
+    statements = [f"DELETE FROM configurations WHERE id = '{configuration['id']}'"]
+    if status == 409:
+        statements.append(CONFIGURATION.format(ULID(), application["id"], "another"))
+    with behind(url, lambda: client.delete(path), *statements) as (other, answer):
+        other.connection.commit()
+        assert answer.result().status_code == status
+    assert client.get(path).status_code == (200 if status == 409 else 404)
 
 
 def test_what_a_put_of_an_application_shows_is_one_state_while_configurations_are_added(client, application):
     path = f"/applications/{application['id']}"
-    shown: list[tuple[str, dict[str, Any]]] = []
+    shown: list[httpx.Response] = []
     done = threading.Event()
 
     def put() -> None:
-        count = 0
-        while not done.is_set() or count < 5:
-            count += 1
-            response = client.put(path, json={"comments": f"{threading.get_ident()} {count}"})
-            assert response.status_code == 200
-            shown.append((response.headers["etag"], response.json()))
+        while not done.is_set() or len(shown) < 5:
+            shown.append(client.put(path, json={"comments": str(ULID())}))
 
     def add(number: int) -> None:
         body = {"application_id": application["id"], "name": f"n{number}", "config": {}}
@@ -322,58 +285,12 @@ def test_what_a_put_of_an_application_shows_is_one_state_while_configurations_ar
 
     with ThreadPoolExecutor(8) as threads:
         putting = [threads.submit(put) for _ in range(3)]
-        adding = [threads.submit(add, number) for number in range(60)]
-        for each in adding:
-            each.result()
+        list(threads.map(add, range(60)))
         done.set()
         for each in putting:
             each.result()
-    last = client.get(path).json()
-    assert last["version"] == 1 + 60 + len(shown)  # every change counts, none is lost
-    versions = sorted(body["version"] for _, body in shown)
-    assert len(set(versions)) == len(versions)
-    shown.sort(key=lambda pair: pair[1]["version"])
-    for puts, (etag, body) in enumerate(shown, start=1):
-        assert etag == f'"{application["id"]}.{body["version"]}"'
-        assert body["version"] == 1 + puts + len(body["configuration_ids"])
-        assert body["configuration_ids"] == sorted(body["configuration_ids"])
-
-
-@pytest.mark.slow
-def test_a_thousand_applications_of_ten_configurations_are_listed_once_each(new_database):
-    with new_database() as url:
-        run_sql(
-            url,
-            """
-            INSERT INTO applications (id, name)
-            SELECT '01ARZ3NDEKTSV4RRFFQ69G' || lpad(n::text, 4, '0'), 'name ' || n FROM generate_series(0, 999) AS n;
-            ALTER TABLE configurations DISABLE TRIGGER configurations_renew_application;
-            INSERT INTO configurations (id, application_id, name, config)
-            SELECT '02ARZ3NDEKTSV4RRFFQ69G' || lpad((9999 - n)::text, 4, '0'),
-                   '01ARZ3NDEKTSV4RRFFQ69G' || lpad((n / 10)::text, 4, '0'), 'name ' || n, '{}'
-            FROM generate_series(0, 9999) AS n;
-            ALTER TABLE configurations ENABLE TRIGGER configurations_renew_application
-            """,
-        )
-        expected = {
-            f"01ARZ3NDEKTSV4RRFFQ69G{n:04}": [
-                f"02ARZ3NDEKTSV4RRFFQ69G{9999 - m:04}" for m in range(10 * n + 9, 10 * n - 1, -1)
-            ]
-            for n in range(1000)
-        }
-        with service(url) as (_, base), httpx.Client(base_url=base) as client:
-            whole = client.get("/api/v1/applications").json()
-            TypeAdapter(list[Application]).validate_python(whole)
-            assert [each["id"] for each in whole] == list(expected)
-            assert {each["id"]: each["configuration_ids"] for each in whole} == expected
-            for limit, pages in ((100, 10), (333, 4), (1000, 1)):
-                walked, count, path = [], 0, f"/api/v1/applications?limit={limit}"
-                while path:
-                    response = client.get(path)
-                    walked += response.json()
-                    count += 1
-                    path = response.links.get("next", {}).get("url")
-                assert (walked, count) == (whole, pages)
-            last = client.get("/api/v1/applications", params={"after": list(expected)[-2], "limit": 1})
-            assert ([each["id"] for each in last.json()], last.links) == ([list(expected)[-1]], {})
-            assert client.get("/api/v1/applications", params={"after": list(expected)[-1]}).json() == []
+    shown.sort(key=lambda response: response.json()["version"])
+    for puts, response in enumerate(shown, start=1):
+        assert response.json()["version"] == 1 + puts + len(response.json()["configuration_ids"])
+    assert len({response.headers["etag"] for response in shown}) == len(shown)
+    assert client.get(path).json()["version"] == 1 + 60 + len(shown)  # every change counts, none is lost
