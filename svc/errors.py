@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
-from svc import db, repo
-from svc.models import READ_ONLY, Problem
+from svc import db
+from svc.models import MAX_DOCUMENT_BYTES, READ_ONLY, Problem
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +31,17 @@ CONFLICTS: dict[str | None, str] = {
     "applications_name_key": "The name is taken: another application has it.",
     "configurations_application_id_name_key": "The name is taken: another configuration of this application has it.",
 }
-TOO_LARGE = {
-    "loc": ["body", "config"],
-    "msg": f"Document should have at most {repo.MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it",
-    "type": "too_large",
-}
 REFUSALS: dict[str | None, dict[str, Any]] = {
     "configurations_application_id_fkey": {
         "loc": ["body", "application_id"],
         "msg": "There is no application with this id",
         "type": "unknown_application",
     },
-    "configurations_size_check": TOO_LARGE,
+    "configurations_size_check": {
+        "loc": ["body", "config"],
+        "msg": f"Document should have at most {MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it",
+        "type": "too_large",
+    },
 }
 # What /health says, by what libpq says when it cannot connect.
 REASONS = {
@@ -169,15 +168,10 @@ async def _on_database(request: Request, error: psycopg2.Error) -> Response:
     return problem(503, AWAY, RETRY_AFTER)
 
 
-async def _on_too_large(_: Request, __: repo.DocumentTooLarge) -> Response:
-    return invalid(TOO_LARGE)
-
-
 HANDLERS: dict[Any, Any] = {
     RequestValidationError: _on_invalid,
     HTTPException: _on_http,
     psycopg2.Error: _on_database,
-    repo.DocumentTooLarge: _on_too_large,
 }
 
 

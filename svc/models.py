@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
 
 MAX_DEPTH = 100
-MAX_DIGITS = 8 * 1024**2  # of all large numbers of a body, written out
+MAX_DOCUMENT_BYTES = 8 * 1024**2  # as PostgreSQL prints it, which checks it too
 MAX_VERSION = 2**31 - 1
 MAX_POSITION = 2**63 - 1
 MAX_CONTAINS = 2048
@@ -50,10 +50,10 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number_parser() -> Callable[[str], float | int]:
     """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
-    Every double from 1e16 on is whole. Raises OverflowError for 1e400, and ValueError beyond MAX_DIGITS: 1 MB of 1e308
-    has 53 MB of digits, and no other request is served while they are written out.
+    Every double from 1e16 on is whole. Raises OverflowError for 1e400, and ValueError where all of them have more
+    digits than a document may: 1 MB of 1e308 has 53 MB, and no other request is served while they are written out.
     """
-    room: float = MAX_DIGITS
+    room: float = MAX_DOCUMENT_BYTES
 
     def parse(literal: str) -> float | int:
         nonlocal room
@@ -63,7 +63,7 @@ def _number_parser() -> Callable[[str], float | int]:
         whole = int(number)
         room -= log10(abs(number))
         if room < 0:
-            raise ValueError(f"The large numbers have more than {MAX_DIGITS} digits together")
+            raise ValueError(f"The large numbers have more than {MAX_DOCUMENT_BYTES} digits together")
         return whole
 
     return parse

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from psycopg2.errors import UndefinedTable, UniqueViolation
@@ -15,7 +16,6 @@ from svc import db, models
 from svc.db import Row
 from svc.models import Conditions
 
-MAX_DOCUMENT_BYTES = 8 * 1024**2
 # A page of a list ends after so many bytes of documents: it bounds what one request brings into memory at once.
 PAGE_BYTES = 1024**2
 # What the role of the service needs at least.
@@ -34,17 +34,7 @@ Key = str | tuple[str, str]
 actor: ContextVar[str] = ContextVar("actor", default="anonymous")
 
 
-class DocumentTooLarge(ValueError):
-    """A document has more than MAX_DOCUMENT_BYTES with its numbers in full."""
-
-
-def _dump(document: Any) -> str:
-    # 1 MB of 1e308 becomes 53 MB of digits: look before it is sent. The database checks what it stores.
-    if len(text := json.dumps(document, ensure_ascii=False, separators=(",", ":"))) > MAX_DOCUMENT_BYTES:
-        raise DocumentTooLarge
-    return text
-
-
+_dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 register_adapter(dict, lambda document: Json(document, _dump))  # psycopg2 calls it in the thread of the statement
 
 
