@@ -16,15 +16,16 @@ def hide_what_differs(text: str) -> str:
     return re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+", "TIME", text)
 
 
-def test_the_first_session_of_the_readme_answers_what_is_printed_there(new_database):
-    session = README.partition("\n## A first session")[2].partition("\n## Tokens")[0]
+def test_the_first_session_of_the_readme_answers_what_is_printed_there(new_database, tmp_path):
+    session = README.partition("\n## A first session")[2].partition("\n## Recipes")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", session, re.DOTALL | re.MULTILINE)
     commands = [code for language, code in blocks if language == "sh"]
     printed = [code for language, code in blocks if language != "sh"]
     assert len(commands) >= 3
     with new_database() as url, service(url) as (_, base):
         script = re.sub(r"(http://)?localhost:8000", base, "\necho; echo ----\n".join(commands))
-        ran = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60)
+        shell = ["bash", "-euo", "pipefail", "-c", script]
+        ran = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (0, "")
     answers = [answer.strip() for answer in ran.stdout.replace("\r", "").split("----\n")]
     assert hide_what_differs("\n".join(answers)) == hide_what_differs("\n".join(map(str.strip, printed)))
