@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
@@ -35,6 +35,7 @@ CONFIGURATIONS = "/api/v1/configurations"
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 LIMIT = 1024**2
 SECRET = "hunter2"
+FIND_SECRET = f"SELECT FROM applications WHERE name LIKE '{SECRET}%'"
 JSON = b"Content-Type: application/json"
 CHUNKED = b"Transfer-Encoding: chunked"
 
@@ -102,17 +103,12 @@ def connection(base_url) -> Iterator[socket.socket]:
         yield made
 
 
-@pytest.fixture
-def count_rows(sql) -> Callable[[], Any]:
-    return lambda: sql("SELECT (SELECT count(*) FROM applications) AS a, (SELECT count(*) FROM configurations) AS c")
-
-
 # --- Bodies, queries, headers and paths ---
 
 TARGETS = [("POST", APPLICATIONS), ("POST", CONFIGURATIONS), ("PUT", f"{CONFIGURATIONS}/{UNKNOWN}")]
 BODIES = [
     *(b"", b'["hunter2"]', b'"hunter2"', b"null", b'{"name": "hunter2', b'{"name": "hunter2\xff"}'),
-    *(rb'{"name": "n", "\u0000": "hunter2"}', rb'{"name": "n", "\ud800": "hunter2"}', b'{"name": {"hunter2": "n"}}'),
+    *(rb'{"name": "hunter2", "\u0000": 1}', rb'{"name": "hunter2", "\ud800": 1}', b'{"name": {"hunter2": "n"}}'),
     *(b'{"name": ' + b"[" * 100_000, b'{"name": ' + b"7" * 5000 + b"}", random.Random(1).randbytes(2000)),
 ]
 TYPES = [b"application/x-www-form-urlencoded", b"multipart/form-data", b"text/plain", b'\xff\xfe;="']
@@ -140,13 +136,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("sent", "status"), BAD, ids=[str(sent[:60]) for sent, _ in BAD])
-def test_a_bad_request_is_a_problem_that_stores_nothing_and_the_connection_serves_on(
-    connection, count_rows, sent, status
-):
-    before = count_rows()
+def test_a_bad_request_is_a_problem_that_stores_nothing_and_the_connection_serves_on(connection, sql, sent, status):
     problem(ask(connection, sent), status)
     serves_on(connection)
-    assert count_rows() == before
+    assert sql(FIND_SECRET) == []
 
 
 def test_an_unknown_query_parameter_is_refused_by_every_route_before_it_does_anything(connection, client, application):
@@ -174,9 +167,9 @@ UPGRADES = [
 
 @pytest.mark.parametrize("headers", UPGRADES, ids=["WebSocket", "unknown"])
 def test_a_request_to_upgrade_is_answered_unless_it_has_a_body_and_ends_the_connection(
-    base_url, count_rows, application, headers
+    base_url, sql, application, headers
 ):
-    before, body = count_rows(), b'{"name": "hunter2"}'  # uvicorn reads no body behind such a head
+    body = b'{"name": "hunter2"}'  # uvicorn reads no body behind such a head
     for sent, status in (
         (request("GET", f"{APPLICATIONS}/{application['id']}", None, *headers), 200),
         (request("POST", APPLICATIONS, body, *headers), 400),
@@ -187,7 +180,7 @@ def test_a_request_to_upgrade_is_answered_unless_it_has_a_body_and_ends_the_conn
             assert (answer.status_code, answer.headers["connection"]) == (status, "close")
             assert status == 200 or "without the Upgrade header" in problem(answer, 400).errors[0].msg
             assert connection.recv(1) == b""
-    assert count_rows() == before
+    assert sql(FIND_SECRET) == []
 
 
 # --- Random requests ---
@@ -334,15 +327,15 @@ def impatient(url, tmp_path_factory) -> Iterator[tuple[str, Path]]:
 
 SLOW = {
     "nothing after the head": (request("POST", APPLICATIONS, None, b"Content-Length: 10"), b""),
-    "half of it": (request("POST", APPLICATIONS, None, b"Content-Length: 30") + b'{"name": "hunter2', b""),
+    "half of it": (request("POST", APPLICATIONS, None, b"Content-Length: 30") + b'{"name": "hunter2"}', b""),
     "a byte now and then": (request("POST", APPLICATIONS, None, b"Content-Length: 100"), b" "),
     "chunks that never end": (request("PUT", f"{APPLICATIONS}/{UNKNOWN}", None, CHUNKED), chunks(b" ")),
 }
 
 
 @pytest.mark.parametrize(("begin", "piece"), SLOW.values(), ids=SLOW)
-def test_a_body_that_comes_too_slowly_is_408_and_ends_the_connection(impatient, count_rows, begin, piece):
-    before, started = count_rows(), monotonic()
+def test_a_body_that_comes_too_slowly_is_408_and_ends_the_connection(impatient, sql, begin, piece):
+    started = monotonic()
     with connect(impatient[0]) as connection:
         connection.sendall(begin)
         until(lambda: select.select([connection], [], [], 0.05)[0] or connection.sendall(piece))
@@ -351,7 +344,7 @@ def test_a_body_that_comes_too_slowly_is_408_and_ends_the_connection(impatient, 
         assert problem(answer, 408).detail == "The body did not arrive in time."
         assert answer.headers["connection"] == "close"
         assert connection.recv(1) == b""
-    assert count_rows() == before
+    assert sql(FIND_SECRET) == []
 
 
 def test_400_silent_and_half_open_connections_do_not_keep_others_from_being_served(impatient):
