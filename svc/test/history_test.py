@@ -50,7 +50,7 @@ def test_every_change_is_recorded_with_who_made_it_and_numbers_go_on(url, sql, c
         (0, 1, False, [1, 2, 3, 4]),
         (4, 3, False, [2, 3, 4]),
         (4, 1, False, [4]),
-        (4, 1, True, [5]),
+        (4, 3, True, [3, 4, 5]),
         (5, 3, True, []),
     ],
 )
