@@ -224,7 +224,11 @@ def test_readers_that_wait_are_bounded_and_hold_neither_thread_nor_connection(wa
 
 @pytest.mark.slow
 def test_those_who_wait_get_their_304_also_while_the_database_does_not_answer(watched):
-    with watched(seconds=2, db_lock_timeout=0.5) as service, closing(psycopg2.connect(service.url)) as connection:
+    with (
+        watched(seconds=2, db_lock_timeout=0.5, log_level="DEBUG") as service,
+        closing(psycopg2.connect(service.url)) as connection,
+    ):
+        until(lambda: "read_configurations_by_names took" in service.log.read_text())
         connection.cursor().execute("LOCK TABLE configurations")
         assert service.answers[0].result(20).status_code == 304
         assert service.log.read_text().count("changes cannot be seen") == 1
