@@ -190,7 +190,7 @@ async def list_configurations_by_name(
     id = await repo.find_application(application_name)
     if id is None:
         raise HTTPException(404, NO_APPLICATION_NAMED)
-    found = repo.list_configurations(models.ConfigurationFilter(application_id=id, **dict(wanted)))
+    found = repo.list_configurations(models.ConfigurationFilter.model_construct(application_id=id, **dict(wanted)))
     return await stream_list(request, found, wanted)
 
 
