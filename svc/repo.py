@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+from psycopg2 import OperationalError
 from psycopg2.errors import UndefinedTable, UniqueViolation
 from psycopg2.extensions import register_adapter
 from psycopg2.extras import Json
@@ -18,6 +19,8 @@ from svc.models import Conditions
 
 # A page of a list ends after so many bytes of documents: it bounds what one request brings into memory at once.
 PAGE_BYTES = 1024**2
+# How often a write that creates or replaces runs while others create and delete the same.
+TRIES = 5
 # What the role of the service needs at least.
 GRANTS = {
     "applications": ("SELECT", "INSERT", "UPDATE", "DELETE"),
@@ -409,17 +412,17 @@ async def _write_or_create(
         )
         SELECT *, false AS created FROM updated UNION ALL SELECT *, true FROM created
     """
-    for last in (False, False, True):
+    for attempt in range(1, TRIES + 1):
         try:
             row = await _write(name, statement, params, when, read_configuration, key)
         except UniqueViolation:  # it was created meanwhile, or its name is another's
-            if last:
+            if attempt == TRIES:
                 raise
             continue
-        was_deleted = row and row["etag"] is None and row["application_id"] and params["may_create"]
-        if last or not was_deleted:
-            break
-    return row
+        # It was deleted meanwhile if there is an application, and nothing forbids what was not done.
+        if row is None or row["written"] or not row.get("application_id") or not conditions_hold(row, when):
+            return row
+    raise OperationalError("others write it at the same time")
 
 
 async def _pages(

@@ -13,7 +13,7 @@ from svc import db, repo, settings, watch
 from svc.db import Row
 from svc.errors import RETRY_AFTER
 from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
-from svc.repo import etag_matches
+from svc.repo import conditions_hold, etag_matches
 
 # Characters of a list that are sent at once: less than that is in memory for a client that does not read.
 CHUNK = 64 * 1024
@@ -58,6 +58,8 @@ def created(request: Request, row: Row) -> Response:
 def written(row: Row | None, missing: str, when: Conditions) -> Response:
     """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
     if row is not None and not row["written"] and row["etag"]:
+        if conditions_hold(row, when) and not when.if_none_match:
+            raise HTTPException(404, missing)  # it was deleted, and another created since the statement looked
         raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
     response = document(row, missing)
     watch.changed()
