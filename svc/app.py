@@ -30,7 +30,10 @@ OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["b
 PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
 When = Annotated[models.Conditions, Header()]
-IfNoneMatch = Annotated[models.WeakETags, Header(description="Answer 304 if one of these is the current ETag, or *.")]
+IfNoneMatch = Annotated[
+    models.WeakETags,
+    Header(default_factory=list, description="Answer 304 if one of these is the current ETag, or *."),
+]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
 Wait = Annotated[
     float | None,
@@ -118,7 +121,7 @@ async def list_applications(request: Request, wanted: Annotated[models.Applicati
 
 
 @applications.get("/{id}", response_model=models.Application, responses=READ)
-async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch = ()) -> Response:
+async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch) -> Response:
     """One application, with the ids of its configurations."""
     return document(await repo.read_application(id), NO_APPLICATION, if_none_match)
 
@@ -154,9 +157,7 @@ async def list_configurations(request: Request, wanted: Annotated[models.Configu
 
 
 @configurations.get("/{id}", response_model=models.Configuration, responses=READ)
-async def read_configuration(
-    request: Request, id: PathId, if_none_match: IfNoneMatch = (), wait: Wait = None
-) -> Response:
+async def read_configuration(request: Request, id: PathId, if_none_match: IfNoneMatch, wait: Wait = None) -> Response:
     """One configuration."""
     return document(await read_or_wait(request, id, if_none_match, wait), NO_CONFIGURATION, if_none_match)
 
@@ -196,7 +197,7 @@ async def list_configurations_by_name(
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
 async def read_configuration_by_name(
-    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
+    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch, wait: Wait = None
 ) -> Response:
     """One configuration by the names of its application and its own."""
     row = await read_or_wait(request, (application_name, name), if_none_match, wait)

@@ -453,6 +453,9 @@ def test_openapi_describes_every_operation(base_url):
         assert operation["summary"]
         assert operation["description"].endswith(".")
         assert (len(operation["tags"]), len(operation["operationId"]) <= 30) == (1, True)
+        headers = [each["schema"] for each in operation.get("parameters", []) if each["in"] == "header"]
+        # Generators of clients know no header that is a list.
+        assert all(schema["type"] == "string" and "default" not in schema for schema in headers)
         answers = operation["responses"]
         assert ({"400", "503"} if operation.get("security") == [] else {"400", "401", "403", "503"}) <= answers.keys()
         assert "422" not in answers

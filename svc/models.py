@@ -139,8 +139,8 @@ Id = Annotated[
     AfterValidator(str),
     WithJsonSchema({"type": "string", "pattern": ULID_PATTERN, "examples": [APPLICATION_ID]}),
 ]
-ETags = Annotated[list[str], AfterValidator(parse_etags)]
-WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags)]
+ETags = Annotated[list[str], AfterValidator(parse_etags), WithJsonSchema({"type": "string"})]
+WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags), WithJsonSchema({"type": "string"})]
 
 
 # --- Requests ---
@@ -214,8 +214,10 @@ class ChangeFilter(_Strict):
 
 
 class Conditions(BaseModel):
-    if_match: ETags = Field([], description="Write only if one of these is the current ETag, or *.")
-    if_none_match: WeakETags = Field([], description="Do not write if one of these is the current ETag, or *.")
+    if_match: ETags = Field(default_factory=list, description="Write only if one of these is the current ETag, or *.")
+    if_none_match: WeakETags = Field(
+        default_factory=list, description="Do not write if one of these is the current ETag, or *."
+    )
 
 
 # --- Answers ---
