@@ -63,6 +63,7 @@ DELETE = problems(404, 412)
 WRITE = {200: headers(ETag=ETAG)} | problems(404, 409, 412)
 UPDATE = WRITE | problems(408, 413)
 PATCH = UPDATE | problems(415)
+PUT = UPDATE | {201: CREATE[201] | {"model": models.Configuration}}
 
 
 def check_patch(request: Request) -> None:
@@ -204,7 +205,7 @@ async def read_configuration_by_name(
     return document(row, missing_name(row), if_none_match)
 
 
-@named.put("/{name:path}", response_model=models.Configuration, responses=UPDATE | CREATE)
+@named.put("/{name:path}", response_model=models.Configuration, responses=PUT)
 async def put_configuration(
     request: Request, application_name: OwnerName, name: PathName, when: When, new: models.ConfigurationPut
 ) -> Response:
@@ -315,7 +316,7 @@ app = FastAPI(
     lifespan=lifespan,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    responses=problems(400, 401, 403, 503) | {"default": {"description": "Any other error"}},
+    responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
     exception_handlers=errors.HANDLERS,
 )
 for router in (applications, configurations, named, versions, changes, operation):

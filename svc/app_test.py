@@ -459,6 +459,7 @@ def test_openapi_describes_every_operation(base_url):
         answers = operation["responses"]
         assert ({"400", "503"} if operation.get("security") == [] else {"400", "401", "403", "503"}) <= answers.keys()
         assert "422" not in answers
+        assert all("content" in answers[status] for status in answers.keys() & {"200", "201", "default"})
         assert ({"408", "413"} <= answers.keys()) == ("requestBody" in operation)
         for status in answers.keys() & set(map(str, range(400, 600))):
             example = answers[status]["content"]["application/problem+json"]["example"]

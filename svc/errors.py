@@ -55,6 +55,7 @@ EXAMPLES: dict[int, dict[str, Any]] = {
     401: {"detail": "A token is needed: send Authorization: Bearer."},
     403: {"detail": "This token may only read."},
     404: {"detail": "There is no configuration with this id."},
+    405: {"detail": "This resource takes GET, HEAD."},
     408: {"detail": "The body did not arrive in time."},
     409: {"detail": CONFLICTS["applications_name_key"]},
     412: {"detail": 'The ETag is "01K0M30A1B2C3D4E5F6G7H8J9K.7.1753000000000000" now: read it, and decide again.'},
