@@ -302,6 +302,7 @@ LISTS = {
     '/configurations?contains={{"tags": ["{0.prefix}"], "database": {{"host": "db1"}}}}': 3,
     "/configurations?application_id={0.application}&name=n3": 1,
     "/configurations?application_id={0.application}&name=nothing": 0,
+    '/applications/{0.prefix}0/configurations?contains={{"database": {{"host": "db1"}}}}': 3,
     "/configurations/{0.id}/versions": 7,
     "/configurations/{0.id}/versions?before=3": 2,
 }
