@@ -3,7 +3,6 @@
 import logging
 import resource
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -364,24 +363,12 @@ def openapi() -> dict[str, Any]:
 app.openapi = openapi
 
 
-def check_port(host: str, port: int) -> None:
-    """Exits with one line if nothing can listen there."""
-    try:
-        [*_, (family, kind, _, _, address)] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror}; set HOST and PORT") from None
-
-
 def main() -> None:
     """Serve until SIGTERM or SIGINT: then answer what was accepted, for SHUTDOWN_TIMEOUT seconds at most."""
     config = settings.load()
     config.database()
     if config.auth is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         raise SystemExit(f"HOST={config.host} lets others in: set AUTH=on, or AUTH=off if a proxy guards the service")
-    check_port(config.host, config.port)
     # uvicorn hands the signal on when it has shut down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

