@@ -13,11 +13,11 @@ import psycopg2
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
 from svc import auth, db, errors, index, metrics, migrations, models, repo, settings, watch
-from svc.errors import problem, problems
+from svc.errors import problems
 from svc.middleware import Route, middleware
 from svc.responses import created, deleted, document, read_or_wait, stream_list, written
 
@@ -49,17 +49,15 @@ NO_VERSION = (
 )
 
 
-def headers(**descriptions: str) -> dict[str, Any]:
-    shown = {name: {"description": text, "schema": {"type": "string"}} for name, text in descriptions.items()}
-    return {"headers": shown}
-
-
-ETAG = "Strong. It differs for every state that is ever stored."
-LIST = {200: headers(Link='rel="next", while there is more')}
-READ = {200: headers(ETag=ETAG), 304: {"description": "Not Modified", **headers(ETag=ETAG)}} | problems(404)
-CREATE = {201: headers(ETag=ETAG, Location="Where it can be read")} | problems(408, 409, 413)
+# What the routes answer with, for OpenAPI.
+LINK = {"Link": {"schema": {"type": "string"}, "description": 'rel="next", while there is more'}}
+LOCATION = {"Location": {"schema": {"type": "string"}, "description": "Where it can be read"}}
+ETAG = {"ETag": {"schema": {"type": "string"}, "description": "Strong. It differs for every state ever stored."}}
+LIST = {200: {"headers": LINK}}
+READ = {200: {"headers": ETAG}, 304: {"headers": ETAG, "description": "Not Modified"}} | problems(404)
+CREATE = {201: {"headers": ETAG | LOCATION}} | problems(408, 409, 413)
 DELETE = problems(404, 412)
-WRITE = {200: headers(ETag=ETAG)} | problems(404, 409, 412)
+WRITE = {200: {"headers": ETAG}} | problems(404, 409, 412)
 UPDATE = WRITE | problems(408, 413)
 PATCH = UPDATE | problems(415)
 PUT = UPDATE | {201: CREATE[201] | {"model": models.Configuration}}
@@ -271,24 +269,27 @@ async def list_changes(request: Request, wanted: Annotated[models.ChangeFilter, 
 # --- The service itself ---
 
 
-@operation.get("/health", response_model=models.Health)
-async def health() -> Response:
+@operation.get("/health")
+async def health() -> dict[str, str]:
     """200 if the database answers, takes writes, and has the schema and the grants that this code needs."""
+    if fault := await find_fault():
+        raise HTTPException(503, f"Not ready: {fault}.", errors.RETRY_AFTER)
+    return {"status": "ok"}
+
+
+async def find_fault() -> str | None:
+    """Why the service cannot work on its database, or None if it can."""
     try:
-        found = await repo.read_state()
+        state = await repo.read_state()
     except psycopg2.Error as error:
-        wrong = errors.reason(error)
-    else:
-        wrong = (
-            (found["read_only"] and "the database is read-only")
-            or migrations.health(found["migrations"])
-            or (found["missing_grants"] and f"a grant is missing: {', '.join(found['missing_grants'])}")
-        )
-    if wrong:
-        return problem(503, f"Not ready: {wrong}.", errors.RETRY_AFTER)
-    return JSONResponse(
-        {"status": "ok", "schema_version": max(found["migrations"]), "pool": db.use(), "waiters": watch.count()}
-    )
+        return errors.reason(error)
+    if state["read_only"]:
+        return "the database is read-only"
+    if pending := migrations.health(state["migrations"]):
+        return pending
+    if missing := state["missing_grants"]:
+        return f"a grant is missing: {', '.join(missing)}"
+    return None
 
 
 @operation.get("/health/live")
@@ -321,42 +322,33 @@ app = FastAPI(
 for router in (applications, configurations, named, versions, changes, operation):
     app.include_router(router)
 DOCUMENTED = list(app.routes)
-# Routes are matched in their order: first those that are asked most.
+# Routes are tried in this order: first those that are asked most.
 app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
 app.add_middleware(middleware)
 
 
-TAGS = {
-    "applications": "What has configurations: a program, a service.",
-    "configurations": "JSON documents with a name, by id, or by the names of the application and their own.",
-    "versions": "What configurations were, who changed them, and the way back.",
-    "operation": "The service itself.",
-}
-COMMENTS = {"comments": "Reviewed every quarter"}
-CONFIG = {"config": {"database": {"host": "db1.internal", "port": 5432}}}
-# The bodies that /docs fills in, which do no harm when they are sent as they are, and then others.
-EXAMPLES = {
-    "ApplicationCreate": [{"name": "billing"}],
-    "ApplicationUpdate": [COMMENTS],
-    "ConfigurationCreate": [{"application_id": models.APPLICATION_ID, "name": "staging", **CONFIG}],
-    "ConfigurationUpdate": [COMMENTS],
-    "ConfigurationPut": [COMMENTS, CONFIG],
-}
+TAGS = [
+    {"name": "applications", "description": "What has configurations: a program, a service."},
+    {"name": "configurations", "description": "JSON documents with a name, found by id or by names."},
+    {"name": "versions", "description": "What configurations were, who changed them, and the way back."},
+    {"name": "operation", "description": "The service itself."},
+]
 
 
 def openapi() -> dict[str, Any]:
+    """FastAPI's document, with what it does not know: the shape of problems, and what needs a token."""
     if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=DOCUMENTED)
-        schema["tags"] = [{"name": name, "description": text} for name, text in TAGS.items()]
-        schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"token": []}]
-        for path in auth.OPEN & schema["paths"].keys():
-            open_operation = schema["paths"][path]["get"]
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, tags=TAGS, routes=DOCUMENTED
+        )
+        document["components"]["schemas"] |= errors.schemas()
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in auth.OPEN & document["paths"].keys():
+            open_operation = document["paths"][path]["get"]
             open_operation["security"] = []
             del open_operation["responses"]["401"], open_operation["responses"]["403"]
-        for name, examples in EXAMPLES.items():
-            schema["components"]["schemas"][name]["examples"] = examples
-        app.openapi_schema = errors.describe(schema)
+        app.openapi_schema = document
     return app.openapi_schema
 
 

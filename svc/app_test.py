@@ -532,8 +532,7 @@ def test_health_says_what_is_wrong_and_takes_a_newer_schema(least, done, undone,
     if words:
         assert words in problem(response, 503)["detail"]
         response = least.client.get("/health")
-    assert (response.status_code, response.json()["schema_version"]) == (200, 2 if words else 9)
-    assert (response.json()["pool"]["limit"], response.json()["waiters"]) == (8, 0)
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
 # --- The process ---

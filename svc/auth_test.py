@@ -15,7 +15,7 @@ import pytest
 from svc import auth
 from svc.app import app
 from svc.conftest import run_sql
-from svc.test.process import service, until
+from svc.test.process import gauge, service, until
 
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 READ_TOKEN = "INSERT INTO tokens (name, hash, role, application_id, expires_at) VALUES (%s, %s, %s, %s, %s)"
@@ -225,7 +225,7 @@ def test_a_long_poll_ends_with_401_within_a_second_of_the_revocation(guarded):
     with ThreadPoolExecutor(1) as thread:
         headers = {**bearer(token), "If-None-Match": etag}
         waiting = thread.submit(httpx.get, path, params={"wait": 30}, headers=headers, timeout=40)
-        until(lambda: guarded.client.get("/health").json()["waiters"] == 1)
+        until(lambda: gauge(guarded.client.get("/metrics").text, "config_service_waiters") == 1)
         revoke(guarded.url, token)
         started = time.monotonic()
         assert waiting.result().status_code == 401

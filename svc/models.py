@@ -4,10 +4,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from math import log10
+from math import isinf, log10
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
 
@@ -19,6 +19,8 @@ MAX_CONTAINS = 2048
 ULID_PATTERN = "^[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 APPLICATION_ID = "01K0M2Z7Q4V5W6X7Y8Z9A0B1C2"
 CONFIGURATION_ID = "01K0M30A1B2C3D4E5F6G7H8J9K"
+COMMENTS = {"comments": "Reviewed every quarter"}
+CONFIG = {"config": {"database": {"host": "db1.internal", "port": 5432}}}
 READ_ONLY = {"id", "application_id", "configuration_ids", "version", "created_at", "updated_at"}
 
 
@@ -28,16 +30,11 @@ READ_ONLY = {"id", "application_id", "configuration_ids", "version", "created_at
 def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text in UTF-8.
 
-    Raises json.JSONDecodeError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice
-    in one object, NaN and infinities, numbers beyond a double, integers of more than 4,300 characters, depth over 200.
+    Raises ValueError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice in one
+    object, NaN and infinities, numbers beyond a double, integers of more than 4,300 characters, depth over 200.
     """
-    try:
-        from_json(text, allow_inf_nan=False)  # refuses all of that but what the two hooks refuse
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number_parser())
-    except OverflowError:
-        raise json.JSONDecodeError("A number is beyond the range of a double", "", 0) from None
-    except ValueError as error:
-        raise json.JSONDecodeError(str(error), "", 0) from None
+    from_json(text, allow_inf_nan=False)  # refuses all of that but what the two hooks refuse
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number_parser())
 
 
 def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -50,21 +47,22 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number_parser() -> Callable[[str], float | int]:
     """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
-    Every double from 1e16 on is whole. Raises OverflowError for 1e400, and ValueError where all of them have more
-    digits than a document may: 1 MB of 1e308 has 53 MB, and no other request is served while they are written out.
+    Every double from 1e16 on is whole. Raises ValueError for 1e400, and where all of them have more digits than a
+    document may: 1 MB of 1e308 has 53 MB, and no other request is served while they are written out.
     """
-    room: float = MAX_DOCUMENT_BYTES
+    digits = 0.0
 
     def parse(literal: str) -> float | int:
-        nonlocal room
+        nonlocal digits
         number = float(literal)
         if abs(number) < 1e16:
             return number
-        whole = int(number)
-        room -= log10(abs(number))
-        if room < 0:
+        if isinf(number):
+            raise ValueError("A number is beyond the range of a double")
+        digits += log10(abs(number))
+        if digits > MAX_DOCUMENT_BYTES:
             raise ValueError(f"The large numbers have more than {MAX_DOCUMENT_BYTES} digits together")
-        return whole
+        return int(number)
 
     return parse
 
@@ -87,8 +85,8 @@ def _parse_contains(text: str) -> Any:
         raise PydanticCustomError("too_long", f"Document should have at most {MAX_CONTAINS} bytes")
     try:
         return parse_json(text)
-    except json.JSONDecodeError as error:
-        raise PydanticCustomError("json_invalid", f"JSON decode error: {error.msg}") from None
+    except ValueError as error:
+        raise PydanticCustomError("json_invalid", f"JSON decode error: {error}") from None
 
 
 # --- Text and ids ---
@@ -146,29 +144,30 @@ WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags), WithJsonSchem
 # --- Requests ---
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-def _drop_default(schema: dict[str, Any]) -> None:
-    schema.pop("default", None)
+class _Strict(BaseModel, extra="forbid"):
+    pass
 
 
 # A field that may be missing but not null: model_fields_set tells whether it was there.
-ABSENT: Any = Field(default=None, json_schema_extra=_drop_default)
+ABSENT: Any = Field(default=None, json_schema_extra=lambda schema: schema.pop("default"))
 
 
-class ApplicationCreate(_Strict):
-    name: Name = Field(examples=["billing"])
-    comments: Comments | None = Field(None, examples=["Invoices and payments"])
+def _examples(*bodies: dict[str, Any]) -> dict[str, Any]:
+    """What /docs fills in, which does no harm when it is sent as it is. The page at / shows the last."""
+    return {"examples": list(bodies)}
 
 
-class ApplicationUpdate(_Strict):
+class ApplicationCreate(_Strict, json_schema_extra=_examples({"name": "billing"})):
+    name: Name
+    comments: Comments | None = None
+
+
+class ApplicationUpdate(_Strict, json_schema_extra=_examples(COMMENTS)):
     name: Name = ABSENT
     comments: Comments | None = ABSENT
 
 
-class ConfigurationPut(_Strict):
+class ConfigurationPut(_Strict, json_schema_extra=_examples(COMMENTS, CONFIG)):
     comments: Comments | None = ABSENT
     config: Document = ABSENT
 
@@ -177,11 +176,13 @@ class ConfigurationUpdate(ConfigurationPut):
     name: Name = ABSENT
 
 
-class ConfigurationCreate(_Strict):
+class ConfigurationCreate(
+    _Strict, json_schema_extra=_examples({"application_id": APPLICATION_ID, "name": "staging", **CONFIG})
+):
     application_id: Id
-    name: Name = Field(examples=["production"])
-    comments: Comments | None = Field(None, examples=["Reviewed every quarter"])
-    config: Document = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+    name: Name
+    comments: Comments | None = None
+    config: Document
 
 
 class Page(_Strict):
@@ -240,7 +241,7 @@ class Configuration(_Versioned):
     id: Id = Field(examples=[CONFIGURATION_ID])
     application_id: Id
     name: Name = Field(examples=["production"])
-    config: dict[str, Any] = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+    config: dict[str, Any] = Field(examples=[CONFIG["config"]])
 
 
 class Change(_Strict):
@@ -263,7 +264,7 @@ class ConfigurationVersion(Change):
     """A version whose operation is delete has no config: the document is in the version before it."""
 
     comments: Comments | None
-    config: dict[str, Any] | None = Field(examples=[{"database": {"host": "db1.internal", "port": 5432}}])
+    config: dict[str, Any] | None = Field(examples=[CONFIG["config"]])
 
 
 class FieldError(_Strict):
@@ -280,17 +281,3 @@ class Problem(_Strict):
     status: int
     detail: str
     errors: list[FieldError] = ABSENT
-
-
-class Pool(_Strict):
-    busy: int
-    idle: int
-    limit: int
-    queued: int
-
-
-class Health(_Strict):
-    status: str = Field(examples=["ok"])
-    schema_version: int = Field(examples=[2])
-    pool: Pool
-    waiters: int

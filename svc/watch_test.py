@@ -14,7 +14,7 @@ import pytest
 
 from svc import repo, watch
 from svc.conftest import run_sql
-from svc.test.process import service, until
+from svc.test.process import gauge, service, until
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def etag(client, by_id) -> str:
     return client.get(by_id).headers["etag"]
 
 
-def waiters(base_url: str) -> int:
-    return httpx.get(f"{base_url}/health").json()["waiters"]
+def waiters(base_url: str) -> float:
+    return gauge(httpx.get(f"{base_url}/metrics").text, "config_service_waiters")
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def watched(new_database, threads, tmp_path):
             answers = [
                 threads.submit(client.get, PATH, params={"wait": seconds}, headers=headers) for _ in range(readers)
             ]
-            until(lambda: client.get("/health").json()["waiters"] == readers)
+            until(lambda: gauge(client.get("/metrics").text, "config_service_waiters") == readers)
             yield SimpleNamespace(url=url, log=log, process=process, client=client, answers=answers)
 
     return watched
@@ -217,7 +217,8 @@ def test_readers_that_wait_are_bounded_and_hold_neither_thread_nor_connection(wa
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         outdated = service.client.get(PATH, params={"wait": 60}, headers={"If-None-Match": '"old"'})
         assert outdated.status_code == 200
-        until(lambda: service.client.get("/health").json()["pool"]["busy"] == 0)
+        busy = ("config_service_db_connections", 'state="busy"')
+        until(lambda: gauge(service.client.get("/metrics").text, *busy) == 0)
         service.client.put(PATH, json={"config": {"a": 1}})
         assert [each.result(20).json()["config"] for each in service.answers] == [{"a": 1}] * 8
 

@@ -22,7 +22,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 from svc import dev, migrations
 from svc.conftest import run_sql
-from svc.test.process import service, until
+from svc.test.process import gauge, service, until
 
 API = "/api/v1"
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -301,7 +301,7 @@ def at_work(served: SimpleNamespace, method: str = "PUT", path: str = f"/applica
         yield asked
 
 
-def filled(served: SimpleNamespace) -> dict[str, int]:
+def filled(served: SimpleNamespace) -> dict[str, float]:
     """Has every connection of the pool work at once, which takes every slot. What the process holds then."""
     with at_work(served) as asked:
         pass
@@ -310,13 +310,17 @@ def filled(served: SimpleNamespace) -> dict[str, int]:
     return resources(served)
 
 
-def resources(served: SimpleNamespace) -> dict[str, int]:
-    process, health = f"/proc/{served.process.pid}", served.client.get("/health").json()
-    used = {"busy": health["pool"]["busy"], "queued": health["pool"]["queued"]}
-    return {"threads": len(os.listdir(f"{process}/task")), "descriptors": len(os.listdir(f"{process}/fd")), **used}
+def resources(served: SimpleNamespace) -> dict[str, float]:
+    process, metrics = f"/proc/{served.process.pid}", served.client.get("/metrics").text
+    return {
+        "threads": len(os.listdir(f"{process}/task")),
+        "descriptors": len(os.listdir(f"{process}/fd")),
+        "busy": gauge(metrics, "config_service_db_connections", 'state="busy"'),
+        "queued": gauge(metrics, "config_service_db_queue"),
+    }
 
 
-def recovered(served: SimpleNamespace, before: dict[str, int]) -> None:
+def recovered(served: SimpleNamespace, before: dict[str, float]) -> None:
     """20 reads succeed, every slot of the pool works, and the process holds no more than before."""
     assert [served.client.get(f"{API}/applications?limit=1").status_code for _ in range(20)] == [200] * 20
     filled(served)

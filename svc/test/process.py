@@ -1,6 +1,7 @@
 """The service as a process of its own, for tests that stop it, kill it or ask how it ends."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def gauge(metrics: str, name: str, label: str = "") -> float:
+    """The value of a gauge, or of one with this label, in what /metrics of a process says."""
+    [value] = re.findall(rf"^{name}{{.*{label}}} (.*)$", metrics, re.MULTILINE)
+    return float(value)
 
 
 def environment(**settings: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from svc.conftest import run_sql
-from svc.test.process import service, until
+from svc.test.process import gauge, service, until
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,8 @@ async def watch(port: int, path: str, heard: dict[str, float]) -> None:
 
 def waiting(base: str, workers: int) -> bool:
     """Whether all wait. One process tells of its own only."""
-    return httpx.get(f"{base}/health").json()["waiters"] > (WATCHERS - 1 if workers == 1 else WATCHERS * 0.2)
+    waiters = gauge(httpx.get(f"{base}/metrics").text, "config_service_waiters")
+    return waiters > (WATCHERS - 1 if workers == 1 else WATCHERS * 0.2)
 
 
 async def changes(base: str, heard: list[dict[str, float]]) -> list[float]:
