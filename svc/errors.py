@@ -26,22 +26,10 @@ INVALID = "The request does not validate: see errors."
 AWAY = "The database cannot answer now: try again."
 MENDED_BY_OPERATOR = "The database refuses the service what it needs: an operator has to mend it, see /health."
 
-# What a write broke, by the name of the constraint in the migrations.
+# What is said to a write that breaks a constraint, by its name in the migrations.
 CONFLICTS: dict[str | None, str] = {
     "applications_name_key": "The name is taken: another application has it.",
     "configurations_application_id_name_key": "The name is taken: another configuration of this application has it.",
-}
-REFUSALS: dict[str | None, dict[str, Any]] = {
-    "configurations_application_id_fkey": {
-        "loc": ["body", "application_id"],
-        "msg": "There is no application with this id",
-        "type": "unknown_application",
-    },
-    "configurations_size_check": {
-        "loc": ["body", "config"],
-        "msg": f"Document should have at most {MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it",
-        "type": "too_large",
-    },
 }
 # What /health says, by what libpq says when it cannot connect.
 REASONS = {
@@ -50,6 +38,7 @@ REASONS = {
     "remaining connection slots": "the database has too many connections",
     "does not exist": "the database or the user of DATABASE_URL does not exist",
 }
+# One of each status, for OpenAPI.
 EXAMPLES: dict[int, dict[str, Any]] = {
     400: {"detail": INVALID, "errors": [{"loc": ["body", "name"], "msg": "Field required", "type": "missing"}]},
     401: {"detail": "A token is needed: send Authorization: Bearer."},
@@ -86,24 +75,25 @@ def problems(*statuses: int) -> dict[int | str, Any]:
     }
 
 
-def describe(document: dict[str, Any]) -> dict[str, Any]:
-    """An OpenAPI document with the shape of problems, which no route answers with by itself."""
+def schemas() -> dict[str, Any]:
+    """What `problems` refers to, for OpenAPI."""
     schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
-    return document
+    return schema.pop("$defs") | {"Problem": schema}
 
 
 def reason(error: psycopg2.Error) -> str:
     """What is wrong with the database, in words that show no secret."""
     if error.pgcode == "42501":
         return "a grant is missing: see the README for those that the service needs"
-    known = [told for words, told in REASONS.items() if words in str(error)]
-    return [*known, "the database does not answer" if error.pgcode is None else f"it answers with {error.pgcode}"][0]
+    for words, told in REASONS.items():
+        if words in str(error):
+            return told
+    return f"it answers with {error.pgcode}" if error.pgcode else "the database does not answer"
 
 
-def invalid(*errors: dict[str, Any]) -> Response:
-    """400, with what is wrong at which place, and never the value that was sent."""
-    return problem(400, INVALID, errors=[_show(error) for error in errors[:MAX_LISTED]])
+def invalid(msg: str, type: str, *loc: str) -> RequestValidationError:
+    """The error of a request that is wrong in one place, which becomes a 400."""
+    return RequestValidationError([{"loc": loc, "msg": msg, "type": type}])
 
 
 def _show(error: dict[str, Any]) -> dict[str, Any]:
@@ -123,19 +113,13 @@ def _message(error: dict[str, Any]) -> str:
 
 
 async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
-    errors = error.errors()
-    if errors[0]["type"] == "json_invalid" and "ctx" in errors[0]:
-        return _on_bad_body(f"{errors[0]['msg']}: {errors[0]['ctx']['error']}")
-    return invalid(*errors)
-
-
-def _on_bad_body(msg: str) -> Response:
-    return invalid({"loc": ["body"], "msg": msg, "type": "json_invalid"})
+    """400, with what is wrong at which place, and never the value that was sent."""
+    return problem(400, INVALID, errors=[_show(each) for each in error.errors()[:MAX_LISTED]])
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 400:  # FastAPI could not read the body
-        return _on_bad_body(error.detail)
+    if error.status_code == 400:  # the body could not be read
+        return await _on_invalid(request, invalid(error.detail, "json_invalid", "body"))
     if error.status_code == 405:
         allowed = ", ".join(_allowed_methods(request))
         return problem(405, f"This resource takes {allowed}.", {"Allow": allowed})
@@ -151,22 +135,29 @@ def _allowed_methods(request: Request) -> list[str]:
 
 
 async def _on_database(request: Request, error: psycopg2.Error) -> Response:
-    constraint = error.diag.constraint_name
-    if constraint in CONFLICTS:
-        return problem(409, CONFLICTS[constraint])
-    if constraint in REFUSALS:
-        return invalid(REFUSALS[constraint])
-    if isinstance(error, psycopg2.errors.NotNullViolation):
-        return invalid({"loc": ["body", error.diag.column_name], "msg": "Field required", "type": "missing"})
-    if isinstance(error, psycopg2.errors.UntranslatableCharacter):
-        return invalid({"loc": ["body"], "msg": "Document should not contain U+0000", "type": "nul"})
+    if error.diag.constraint_name in CONFLICTS:
+        return problem(409, CONFLICTS[error.diag.constraint_name])
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
-        return invalid({"loc": ["body"], "msg": "The database refuses this value", "type": "refused"})
+        return await _on_invalid(request, _find_refused(error))
     if not db.is_outage(error):  # the pool logs an outage once
         log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", db.one_line(error))
     if isinstance(error, psycopg2.ProgrammingError):
         return problem(503, MENDED_BY_OPERATOR, {"Retry-After": "60"})
     return problem(503, AWAY, RETRY_AFTER)
+
+
+def _find_refused(error: psycopg2.Error) -> RequestValidationError:
+    """What the database refuses in a body."""
+    if error.diag.constraint_name == "configurations_application_id_fkey":
+        return invalid("There is no application with this id", "unknown_application", "body", "application_id")
+    if error.diag.constraint_name == "configurations_size_check":
+        msg = f"Document should have at most {MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it"
+        return invalid(msg, "too_large", "body", "config")
+    if isinstance(error, psycopg2.errors.NotNullViolation):
+        return invalid("Field required", "missing", "body", error.diag.column_name)
+    if isinstance(error, psycopg2.errors.UntranslatableCharacter):
+        return invalid("Document should not contain U+0000", "nul", "body")
+    return invalid("The database refuses this value", "refused", "body")
 
 
 HANDLERS: dict[Any, Any] = {
@@ -177,8 +168,7 @@ HANDLERS: dict[Any, Any] = {
 
 
 async def respond(scope: Scope, error: BaseException) -> Response:
-    """The answer to an error that no route expects: 503 when it is cut off at shutdown, else 500 and a traceback in the
-    log."""
+    """The answer to any error. What nobody expected is 500, with a traceback in the log."""
     for kind, handler in HANDLERS.items():
         if isinstance(error, kind):
             return await handler(Request(scope), error)

@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -122,7 +121,10 @@ def _shorten(send: Send) -> Send:
 
 class _JSONRequest(Request):
     async def json(self) -> Any:
-        return parse_json((await self.body()).removeprefix(BOM_UTF8))
+        try:
+            return parse_json((await self.body()).removeprefix(BOM_UTF8))
+        except ValueError as error:
+            raise HTTPException(400, f"JSON decode error: {error}") from None
 
 
 class Route(APIRoute):
@@ -158,10 +160,6 @@ def _check_query(query: str, known: set[str]) -> None:
     try:
         names = {name for name, _ in parse_qsl(query, keep_blank_values=True, errors="strict")}
     except UnicodeDecodeError:
-        msg = "Query should be percent-encoded UTF-8"
-        raise RequestValidationError([{"loc": ("query",), "msg": msg, "type": "not_utf8"}]) from None
-    if unknown := sorted(names - known):
-        msg = "Unknown query parameter"
-        raise RequestValidationError(
-            [{"loc": ("query", name), "msg": msg, "type": "extra_forbidden"} for name in unknown]
-        )
+        raise errors.invalid("Query should be percent-encoded UTF-8", "not_utf8", "query") from None
+    if unknown := names - known:
+        raise errors.invalid("Unknown query parameter", "extra_forbidden", "query", min(unknown))

@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from typing import Any
 
 from fastapi import HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import URL
 
 from svc import db, repo, settings, watch
 from svc.db import Row
-from svc.errors import RETRY_AFTER
+from svc.errors import RETRY_AFTER, invalid
 from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
 from svc.repo import conditions_hold, etag_matches
 
@@ -28,8 +27,7 @@ async def read_or_wait(
     if wait is None:
         return await repo.read_configuration(key)
     if not if_none_match:
-        msg = "To wait for a change, name in If-None-Match what you have"
-        raise RequestValidationError([{"loc": ("query", "wait"), "msg": msg, "type": "wait"}])
+        raise invalid("To wait for a change, name in If-None-Match what you have", "wait", "query", "wait")
     if watch.count() < settings.load().max_waiters:
         return await watch.until_changed(request, key, frozenset(if_none_match), wait)
     row = await repo.read_configuration(key)
