@@ -12,7 +12,6 @@ from urllib.parse import unquote
 import psycopg2
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
@@ -285,11 +284,9 @@ async def find_fault() -> str | None:
         return errors.reason(error)
     if state["read_only"]:
         return "the database is read-only"
-    if pending := migrations.health(state["migrations"]):
-        return pending
-    if missing := state["missing_grants"]:
-        return f"a grant is missing: {', '.join(missing)}"
-    return None
+    if state["missing_grants"]:
+        return f"a grant is missing: {', '.join(state['missing_grants'])}"
+    return migrations.health(state["migrations"])
 
 
 @operation.get("/health/live")
@@ -306,25 +303,7 @@ async def read_metrics() -> Response:
 
 @operation.get("/", include_in_schema=False)
 async def read_index(request: Request) -> Response:
-    return HTMLResponse(index.page(app.openapi(), str(request.base_url).rstrip("/")))
-
-
-app = FastAPI(
-    title="Config Service",
-    version="1.0.0",
-    description="Applications and their configurations (JSON documents), kept in PostgreSQL.",
-    lifespan=lifespan,
-    redirect_slashes=False,
-    generate_unique_id_function=lambda route: route.name,
-    responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
-    exception_handlers=errors.HANDLERS,
-)
-for router in (applications, configurations, named, versions, changes, operation):
-    app.include_router(router)
-DOCUMENTED = list(app.routes)
-# Routes are tried in this order: first those that are asked most.
-app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
-app.add_middleware(middleware)
+    return HTMLResponse(index.page(openapi, str(request.base_url).rstrip("/")))
 
 
 TAGS = [
@@ -334,25 +313,33 @@ TAGS = [
     {"name": "operation", "description": "The service itself."},
 ]
 
+app = FastAPI(
+    title="Config Service",
+    version="1.0.0",
+    description="Applications and their configurations (JSON documents), kept in PostgreSQL.",
+    openapi_tags=TAGS,
+    lifespan=lifespan,
+    redirect_slashes=False,
+    generate_unique_id_function=lambda route: route.name,
+    responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
+    exception_handlers=errors.HANDLERS,
+)
+for router in (applications, configurations, named, versions, changes, operation):
+    app.include_router(router)
+app.add_middleware(middleware)
 
-def openapi() -> dict[str, Any]:
-    """FastAPI's document, with what it does not know: the shape of problems, and what needs a token."""
-    if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title, version=app.version, description=app.description, tags=TAGS, routes=DOCUMENTED
-        )
-        document["components"]["schemas"] |= errors.schemas()
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
-        for path in auth.OPEN & document["paths"].keys():
-            open_operation = document["paths"][path]["get"]
-            open_operation["security"] = []
-            del open_operation["responses"]["401"], open_operation["responses"]["403"]
-        app.openapi_schema = document
-    return app.openapi_schema
+# FastAPI serves this document, once it has what FastAPI does not know: the shape of problems, and what needs a token.
+openapi = app.openapi()
+openapi["components"]["schemas"] |= errors.schemas()
+openapi["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+openapi["security"] = [{"token": []}]
+for path in auth.OPEN & openapi["paths"].keys():
+    read = openapi["paths"][path]["get"]
+    read["security"] = []
+    del read["responses"]["401"], read["responses"]["403"]
 
-
-app.openapi = openapi
+# Routes are tried in this order: first those that are asked most.
+app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
 
 
 def main() -> None:
