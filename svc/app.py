@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import psycopg2
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
@@ -322,7 +323,7 @@ app = FastAPI(
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
-    exception_handlers=errors.HANDLERS,
+    exception_handlers={RequestValidationError: errors.respond, StarletteHTTPException: errors.respond},
 )
 for router in (applications, configurations, named, versions, changes, operation):
     app.include_router(router)

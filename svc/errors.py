@@ -31,27 +31,6 @@ CONFLICTS: dict[str | None, str] = {
     "applications_name_key": "The name is taken: another application has it.",
     "configurations_application_id_name_key": "The name is taken: another configuration of this application has it.",
 }
-# What /health says, by what libpq says when it cannot connect.
-REASONS = {
-    "password authentication failed": "the database refuses the user or the password of DATABASE_URL",
-    "too many c": "the database has too many connections",
-    "remaining connection slots": "the database has too many connections",
-    "does not exist": "the database or the user of DATABASE_URL does not exist",
-}
-# One of each status, for OpenAPI.
-EXAMPLES: dict[int, dict[str, Any]] = {
-    400: {"detail": INVALID, "errors": [{"loc": ["body", "name"], "msg": "Field required", "type": "missing"}]},
-    401: {"detail": "A token is needed: send Authorization: Bearer."},
-    403: {"detail": "This token may only read."},
-    404: {"detail": "There is no configuration with this id."},
-    405: {"detail": "This resource takes GET, HEAD."},
-    408: {"detail": "The body did not arrive in time."},
-    409: {"detail": CONFLICTS["applications_name_key"]},
-    412: {"detail": 'The ETag is "01K0M30A1B2C3D4E5F6G7H8J9K.7.1753000000000000" now: read it, and decide again.'},
-    413: {"detail": "A body has at most 1048576 bytes."},
-    415: {"detail": "A patch is sent as application/merge-patch+json."},
-    503: {"detail": AWAY},
-}
 
 
 def problem(status: int, detail: str, headers: Any = None, **members: Any) -> Response:
@@ -63,37 +42,28 @@ def _members(status: int, detail: str, **others: Any) -> dict[str, Any]:
     return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **others}
 
 
-def problems(*statuses: int) -> dict[int | str, Any]:
-    """The errors of a route, for OpenAPI."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        status: {
-            "description": HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}},
-        }
-        for status in statuses
-    }
-
-
-def schemas() -> dict[str, Any]:
-    """What `problems` refers to, for OpenAPI."""
-    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    return schema.pop("$defs") | {"Problem": schema}
-
-
-def reason(error: psycopg2.Error) -> str:
-    """What is wrong with the database, in words that show no secret."""
-    if error.pgcode == "42501":
-        return "a grant is missing: see the README for those that the service needs"
-    for words, told in REASONS.items():
-        if words in str(error):
-            return told
-    return f"it answers with {error.pgcode}" if error.pgcode else "the database does not answer"
-
-
 def invalid(msg: str, type: str, *loc: str) -> RequestValidationError:
     """The error of a request that is wrong in one place, which becomes a 400."""
     return RequestValidationError([{"loc": loc, "msg": msg, "type": type}])
+
+
+async def respond(request: Request, error: BaseException) -> Response:
+    """The answer to any error. What nobody expected is 500, with a traceback in the log."""
+    if isinstance(error, RequestValidationError):
+        return _on_invalid(error)
+    if isinstance(error, HTTPException):
+        return _on_http(request, error)
+    if isinstance(error, psycopg2.Error):
+        return _on_database(request, error)
+    if isinstance(error, asyncio.CancelledError):
+        return problem(503, "The service is shutting down: try again.", RETRY_AFTER)
+    log.error("%s", place(request.scope), exc_info=error)
+    return problem(500, "Internal error.")
+
+
+def _on_invalid(error: RequestValidationError) -> Response:
+    """400, with what is wrong at which place, and never the value that was sent."""
+    return problem(400, INVALID, errors=[_show(each) for each in error.errors()[:MAX_LISTED]])
 
 
 def _show(error: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +82,9 @@ def _message(error: dict[str, Any]) -> str:
     return error["msg"]
 
 
-async def _on_invalid(_: Request, error: RequestValidationError) -> Response:
-    """400, with what is wrong at which place, and never the value that was sent."""
-    return problem(400, INVALID, errors=[_show(each) for each in error.errors()[:MAX_LISTED]])
-
-
-async def _on_http(request: Request, error: HTTPException) -> Response:
+def _on_http(request: Request, error: HTTPException) -> Response:
     if error.status_code == 400:  # the body could not be read
-        return await _on_invalid(request, invalid(error.detail, "json_invalid", "body"))
+        return _on_invalid(invalid(error.detail, "json_invalid", "body"))
     if error.status_code == 405:
         allowed = ", ".join(_allowed_methods(request))
         return problem(405, f"This resource takes {allowed}.", {"Allow": allowed})
@@ -134,11 +99,11 @@ def _allowed_methods(request: Request) -> list[str]:
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-async def _on_database(request: Request, error: psycopg2.Error) -> Response:
+def _on_database(request: Request, error: psycopg2.Error) -> Response:
     if error.diag.constraint_name in CONFLICTS:
         return problem(409, CONFLICTS[error.diag.constraint_name])
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
-        return await _on_invalid(request, _find_refused(error))
+        return _on_invalid(_find_refused(error))
     if not db.is_outage(error):  # the pool logs an outage once
         log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", db.one_line(error))
     if isinstance(error, psycopg2.ProgrammingError):
@@ -160,24 +125,62 @@ def _find_refused(error: psycopg2.Error) -> RequestValidationError:
     return invalid("The database refuses this value", "refused", "body")
 
 
-HANDLERS: dict[Any, Any] = {
-    RequestValidationError: _on_invalid,
-    HTTPException: _on_http,
-    psycopg2.Error: _on_database,
-}
-
-
-async def respond(scope: Scope, error: BaseException) -> Response:
-    """The answer to any error. What nobody expected is 500, with a traceback in the log."""
-    for kind, handler in HANDLERS.items():
-        if isinstance(error, kind):
-            return await handler(Request(scope), error)
-    if isinstance(error, asyncio.CancelledError):
-        return problem(503, "The service is shutting down: try again.", RETRY_AFTER)
-    log.error("%s", place(scope), exc_info=error)
-    return problem(500, "Internal error.")
-
-
 def place(scope: Scope) -> str:
     """What was asked, for the log. The path is percent-encoded, so it is one line."""
     return f"{scope['method']} {scope['path']}"
+
+
+# --- For /health ---
+
+# What is wrong, by what libpq says when it cannot connect.
+REASONS = {
+    "password authentication failed": "the database refuses the user or the password of DATABASE_URL",
+    "too many c": "the database has too many connections",
+    "remaining connection slots": "the database has too many connections",
+    "does not exist": "the database or the user of DATABASE_URL does not exist",
+}
+
+
+def reason(error: psycopg2.Error) -> str:
+    """What is wrong with the database, in words that show no secret."""
+    if error.pgcode == "42501":
+        return "a grant is missing: see the README for those that the service needs"
+    for words, told in REASONS.items():
+        if words in str(error):
+            return told
+    return f"it answers with {error.pgcode}" if error.pgcode else "the database does not answer"
+
+
+# --- For OpenAPI ---
+
+EXAMPLES: dict[int, dict[str, Any]] = {
+    400: {"detail": INVALID, "errors": [{"loc": ["body", "name"], "msg": "Field required", "type": "missing"}]},
+    401: {"detail": "A token is needed: send Authorization: Bearer."},
+    403: {"detail": "This token may only read."},
+    404: {"detail": "There is no configuration with this id."},
+    405: {"detail": "This resource takes GET, HEAD."},
+    408: {"detail": "The body did not arrive in time."},
+    409: {"detail": CONFLICTS["applications_name_key"]},
+    412: {"detail": 'The ETag is "01K0M30A1B2C3D4E5F6G7H8J9K.7.1753000000000000" now: read it, and decide again.'},
+    413: {"detail": "A body has at most 1048576 bytes."},
+    415: {"detail": "A patch is sent as application/merge-patch+json."},
+    503: {"detail": AWAY},
+}
+
+
+def problems(*statuses: int) -> dict[int | str, Any]:
+    """The errors of a route, for OpenAPI."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}},
+        }
+        for status in statuses
+    }
+
+
+def schemas() -> dict[str, Any]:
+    """What `problems` refers to, for OpenAPI."""
+    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    return schema.pop("$defs") | {"Problem": schema}

@@ -4,6 +4,7 @@ from typing import Any
 import httpx
 import psycopg2
 import pytest
+from fastapi import Request
 from ulid import ULID
 
 from svc import dev, errors, repo
@@ -14,7 +15,7 @@ from svc.app_test import problem
 def answer(error: BaseException, path: str = "/api/v1/applications") -> httpx.Response:
     """The answer to an error of a route."""
     scope: dict[str, Any] = {"type": "http", "method": "PUT", "path": path, "headers": [], "app": app}
-    response = asyncio.run(errors.respond(scope, error))
+    response = asyncio.run(errors.respond(Request(scope), error))
     return httpx.Response(response.status_code, headers=response.headers, content=response.body)
 
 

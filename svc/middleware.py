@@ -26,7 +26,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
 
     async def handle(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await app(scope, receive, _shorten(send))
+            return await _start(app, scope, receive, send)
         began, status = perf_counter(), 0
         method, closing = scope["method"], _asks_for_upgrade(scope)
         # Routes match the path as it was sent: decoded, %2F within a name would not differ from / between two names.
@@ -63,7 +63,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
             if status:
                 log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
             else:
-                response = await errors.respond(scope, error)
+                response = await errors.respond(Request(scope), error)
                 await response(scope, receive, answer)
         finally:
             seconds = perf_counter() - began
@@ -73,6 +73,16 @@ def middleware(app: ASGIApp) -> ASGIApp:
                 log.log(level, "%s %s %s %d %.1f ms", repo.actor.get(), method, scope["path"], status, seconds * 1000)
 
     return handle
+
+
+async def _start(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run the lifespan. A wrong setting ends it with one line, where Starlette would send a traceback."""
+    try:
+        settings.load().database()
+    except SystemExit as error:
+        await send({"type": "lifespan.startup.failed", "message": error.code})
+    else:
+        await app(scope, receive, send)
 
 
 def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
@@ -106,17 +116,6 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
 def _asks_for_upgrade(scope: Scope) -> bool:
     headers = dict(scope["headers"])
     return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
-
-
-def _shorten(send: Send) -> Send:
-    """Passes a failed start on as its last line, where Starlette sends the whole traceback."""
-
-    async def send_short(message: Message) -> None:
-        if message["type"] == "lifespan.startup.failed" and "SystemExit: " in message["message"]:
-            message["message"] = message["message"].rpartition("SystemExit: ")[2].strip()
-        await send(message)
-
-    return send_short
 
 
 class _JSONRequest(Request):

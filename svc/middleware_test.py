@@ -9,6 +9,8 @@ import secrets
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +24,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from ulid import ULID
 
-from svc import app, settings
 from svc.conftest import run_sql
 from svc.models import Problem
-from svc.test.process import service, until
+from svc.test.process import environment, free_port, service, until
 
 APPLICATIONS = "/api/v1/applications"
 CONFIGURATIONS = "/api/v1/configurations"
@@ -273,11 +273,18 @@ def test_who_is_refused_is_not_logged_as_who_asked_before_on_the_same_connection
     assert actors == [(f"token:{name}", "201"), ("anonymous", "401")]
 
 
-def test_an_idle_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(uvicorn, "run", lambda _, **options: given.update(options))
-    app.serve(settings.load())
-    assert given["timeout_keep_alive"] == 75
+@pytest.mark.parametrize(("name", "words"), [("port", "PORT: Input should be"), ("database_url", "is not set")])
+def test_uvicorn_ends_with_one_line_that_says_which_setting_is_wrong(name, words):
+    command = [sys.executable, "-m", "uvicorn", "svc.app:app", "--port", str(free_port()), "--log-level", "error"]
+    given = environment(**{"database_url": "postgresql://", name: SECRET if name == "port" else None})
+    ended = subprocess.run(command, env=given, capture_output=True, text=True, timeout=30)
+    first, last = ended.stderr.splitlines()
+    assert words in first
+    assert (SECRET in ended.stderr, last, ended.returncode) == (
+        False,
+        "ERROR:    Application startup failed. Exiting.",
+        3,
+    )
 
 
 def test_a_request_that_is_cut_off_at_shutdown_is_503(url):

@@ -19,8 +19,6 @@ MAX_CONTAINS = 2048
 ULID_PATTERN = "^[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 APPLICATION_ID = "01K0M2Z7Q4V5W6X7Y8Z9A0B1C2"
 CONFIGURATION_ID = "01K0M30A1B2C3D4E5F6G7H8J9K"
-COMMENTS = {"comments": "Reviewed every quarter"}
-CONFIG = {"config": {"database": {"host": "db1.internal", "port": 5432}}}
 READ_ONLY = {"id", "application_id", "configuration_ids", "version", "created_at", "updated_at"}
 
 
@@ -143,9 +141,13 @@ WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags), WithJsonSchem
 
 # --- Requests ---
 
+# Parts of the examples.
+COMMENTS = {"comments": "Reviewed every quarter"}
+CONFIG = {"config": {"database": {"host": "db1.internal", "port": 5432}}}
+
 
 class _Strict(BaseModel, extra="forbid"):
-    pass
+    """A field that it does not know is refused."""
 
 
 # A field that may be missing but not null: model_fields_set tells whether it was there.
