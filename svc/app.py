@@ -48,7 +48,6 @@ NO_VERSION = (
     "and its application too, or If-Match was sent."
 )
 
-
 # What the routes answer with, for OpenAPI.
 LINK = {"Link": {"schema": {"type": "string"}, "description": 'rel="next", while there is more'}}
 LOCATION = {"Location": {"schema": {"type": "string"}, "description": "Where it can be read"}}
@@ -72,6 +71,7 @@ PATCH_ONLY = [Depends(check_patch)]
 
 
 def missing_name(row: db.Row) -> str:
+    """Which of the two names of a configuration nothing has."""
     found = row.get("application_id")
     return "This application has no configuration with this name." if found else NO_APPLICATION_NAMED
 

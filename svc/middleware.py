@@ -86,27 +86,27 @@ async def _start(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> No
 
 
 def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
-    """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT."""
+    """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT.
+
+    Nothing asks for more once the body is there: only reads wait for the client to go away.
+    """
     limit = settings.load().max_body_bytes
     until = asyncio.get_running_loop().time() + settings.load().body_timeout
-    size = int(dict(scope["headers"]).get(b"content-length", 0))
-    received, complete = 0, False
+    announced = int(dict(scope["headers"]).get(b"content-length", 0))
+    received = 0
 
     async def receive_limited() -> Message:
-        nonlocal received, complete
-        if complete:
-            return await receive()
+        nonlocal received
         if closing:  # uvicorn reads no body behind a head that asks for an upgrade
             raise HTTPException(400, "Connections are not upgraded here: send the body without the Upgrade header")
-        if size <= limit:
+        if announced <= limit:
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"}) from None
             received += len(message.get("body", b""))
-            complete = not message.get("more_body")
-        if max(size, received) > limit:
+        if max(announced, received) > limit:
             raise HTTPException(413, f"A body has at most {limit} bytes.")
         return message
 
