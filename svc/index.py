@@ -40,21 +40,30 @@ def page(document: dict[str, Any], base: str) -> str:
 
 
 def _show(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
-    url, items = shlex.quote(base) + re.sub(r"(\w+)s/{id}", r"\1s/$\1", path), ""
+    items = [
+        f"<li><code>{escape(each['name'])}</code> in the {each['in']}: {_prose(each['description'])}"
+        for each in operation.get("parameters", [])
+    ]
+    return f"""
+<h3><code>{method.upper()} {escape(path)}</code></h3>
+<p>{_prose(operation["description"])}<ul>{"".join(items)}</ul>
+<pre>{escape(_write_command(document, base, path, method, operation))}</pre>"""
+
+
+def _write_command(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
+    """A line for bash that sends the examples. What a POST creates is kept as $application or $configuration."""
+    url = shlex.quote(base) + re.sub(r"(\w+)s/{id}", r"\1s/$\1", path)
     for each in operation.get("parameters", []):
         example = each["schema"].get("examples", [""])[0]
         url = url.replace(f"{{{each['name']}}}", quote(str(example), safe=""))
-        items += f"<li><code>{escape(each['name'])}</code> in the {each['in']}: {_prose(each['description'])}"
     curl = f"curl -s {url}" if method == "get" else f"curl -s -X {method.upper()} {url}"
     for media_type, content in operation.get("requestBody", {"content": {}})["content"].items():
         schema = document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
         body = shlex.quote(json.dumps(schema["examples"][-1])).replace(APPLICATION_ID, "'$application'")
         curl += f" \\\n  -H 'Content-Type: {media_type}' \\\n  -d {body}"
-        if method == "post":  # the lines below need its id
+        if method == "post":
             curl = f"{path.rpartition('/')[2][:-1]}=$({curl} | tee -a /dev/stderr | cut -d'\"' -f4)"
-    return f"""
-<h3><code>{method.upper()} {escape(path)}</code></h3>
-<p>{_prose(operation["description"])}<ul>{items}</ul><pre>{escape(curl)}</pre>"""
+    return curl
 
 
 def _prose(text: str) -> str:
