@@ -240,18 +240,6 @@ def test_no_request_whatever_it_holds_is_answered_with_5xx(base_url, sql):
 # --- Failures and the log ---
 
 
-def test_an_unexpected_error_is_500_with_a_traceback_in_the_log_alone(connection, monkeypatch, caplog):
-    async def break_down(_: Any) -> None:
-        raise ZeroDivisionError(SECRET)
-
-    monkeypatch.setattr("svc.repo.create_application", break_down)
-    answer = ask(connection, request("POST", APPLICATIONS, b'{"name": "n"}'))
-    assert problem(answer, 500).detail == "Internal error."
-    serves_on(connection)
-    [record] = [record for record in caplog.records if record.exc_info]
-    assert (record.getMessage(), record.exc_info[0]) == (f"POST {APPLICATIONS}", ZeroDivisionError)
-
-
 def test_every_write_is_one_line_in_the_log_and_no_read_is(connection, caplog, name):
     forged = f"{APPLICATIONS}%0A%0D2026-01-01%20INFO%20token:root"
     ask(connection, request("POST", APPLICATIONS, b'{"name": "%s"}' % name.encode()))
