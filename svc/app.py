@@ -40,9 +40,6 @@ Wait = Annotated[
 ]
 Patch = Annotated[models.ConfigurationUpdate, Body(media_type=MERGE_PATCH)]
 
-NO_APPLICATION = "There is no application with this id."
-NO_APPLICATION_NAMED = "There is no application with this name."
-NO_CONFIGURATION = "There is no configuration with this id."
 NO_VERSION = (
     "There is nothing to restore: no such version, or one that records a deletion; or the configuration is deleted, "
     "and its application too, or If-Match was sent."
@@ -68,12 +65,6 @@ def check_patch(request: Request) -> None:
 
 
 PATCH_ONLY = [Depends(check_patch)]
-
-
-def missing_name(row: db.Row) -> str:
-    """Which of the two names of a configuration nothing has."""
-    found = row.get("application_id")
-    return "This application has no configuration with this name." if found else NO_APPLICATION_NAMED
 
 
 def set_up_log(config: settings.Settings) -> None:
@@ -121,13 +112,13 @@ async def list_applications(request: Request, wanted: Annotated[models.Applicati
 @applications.get("/{id}", response_model=models.Application, responses=READ)
 async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch) -> Response:
     """One application, with the ids of its configurations."""
-    return document(await repo.read_application(id), NO_APPLICATION, if_none_match)
+    return document(await repo.read_application(id), if_none_match)
 
 
 @applications.put("/{id}", response_model=models.Application, responses=UPDATE)
 async def update_application(id: PathId, when: When, changes: models.ApplicationUpdate) -> Response:
     """Change the fields that are present, and keep the others."""
-    return written(await repo.update_application(id, changes, when), NO_APPLICATION, when)
+    return written(await repo.update_application(id, changes, when), when)
 
 
 @applications.delete("/{id}", status_code=204, responses=DELETE | problems(409))
@@ -136,7 +127,7 @@ async def delete_application(id: PathId, when: When, cascade: Cascade = False) -
     row = await repo.delete_application(id, cascade, when)
     if row and not row["written"] and repo.conditions_hold(row, when):
         raise HTTPException(409, "The application has configurations: delete them, or add ?cascade=true.")
-    return deleted(row, NO_APPLICATION, when)
+    return deleted(row, when)
 
 
 # --- Configurations ---
@@ -157,25 +148,25 @@ async def list_configurations(request: Request, wanted: Annotated[models.Configu
 @configurations.get("/{id}", response_model=models.Configuration, responses=READ)
 async def read_configuration(request: Request, id: PathId, if_none_match: IfNoneMatch, wait: Wait = None) -> Response:
     """One configuration."""
-    return document(await read_or_wait(request, id, if_none_match, wait), NO_CONFIGURATION, if_none_match)
+    return document(await read_or_wait(request, id, if_none_match, wait), if_none_match)
 
 
 @configurations.put("/{id}", response_model=models.Configuration, responses=UPDATE)
 async def update_configuration(id: PathId, when: When, changes: models.ConfigurationUpdate) -> Response:
     """Change the fields that are present, and keep the others. `config` is replaced whole."""
-    return written(await repo.update_configuration(id, changes, when), NO_CONFIGURATION, when)
+    return written(await repo.update_configuration(id, changes, when), when)
 
 
 @configurations.patch("/{id}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
 async def patch_configuration(id: PathId, when: When, changes: Patch) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
-    return written(await repo.update_configuration(id, changes, when, merge=True), NO_CONFIGURATION, when)
+    return written(await repo.update_configuration(id, changes, when, merge=True), when)
 
 
 @configurations.delete("/{id}", status_code=204, responses=DELETE)
 async def delete_configuration(id: PathId, when: When) -> Response:
     """Remove a configuration. Its versions are kept."""
-    return deleted(await repo.delete_configuration(id, when), NO_CONFIGURATION, when)
+    return deleted(await repo.delete_configuration(id, when), when)
 
 
 # --- Configurations by name, for programs and pipelines, which know names and not ids ---
@@ -188,9 +179,10 @@ async def list_configurations_by_name(
     """All configurations of one application, ordered by id, or those that match."""
     id = await repo.find_application(application_name)
     if id is None:
-        raise HTTPException(404, NO_APPLICATION_NAMED)
-    found = repo.list_configurations(models.ConfigurationFilter.model_construct(application_id=id, **dict(wanted)))
-    return await stream_list(request, found, wanted)
+        raise HTTPException(404, "There is no application with this name.")
+    # `wanted` is valid: it is not validated again, which would take `contains` for text.
+    of_application = models.ConfigurationFilter.model_construct(application_id=id, **dict(wanted))
+    return await stream_list(request, repo.list_configurations(of_application), wanted)
 
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
@@ -198,8 +190,7 @@ async def read_configuration_by_name(
     request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch, wait: Wait = None
 ) -> Response:
     """One configuration by the names of its application and its own."""
-    row = await read_or_wait(request, (application_name, name), if_none_match, wait)
-    return document(row, missing_name(row), if_none_match)
+    return document(await read_or_wait(request, (application_name, name), if_none_match, wait), if_none_match)
 
 
 @named.put("/{name:path}", response_model=models.Configuration, responses=PUT)
@@ -212,7 +203,7 @@ async def put_configuration(
         return created(request, row)
     if not row["etag"] and row["application_id"]:
         raise HTTPException(412, "There is no configuration with this name: leave If-Match out to create it.")
-    return written(row, NO_APPLICATION_NAMED, when)
+    return written(row, when)
 
 
 @named.patch("/{name:path}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
@@ -220,15 +211,13 @@ async def patch_configuration_by_name(
     application_name: OwnerName, name: PathName, when: When, changes: Patch
 ) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
-    row = await repo.update_configuration((application_name, name), changes, when, merge=True)
-    return written(row, missing_name(row), when)
+    return written(await repo.update_configuration((application_name, name), changes, when, merge=True), when)
 
 
 @named.delete("/{name:path}", status_code=204, responses=DELETE)
 async def delete_configuration_by_name(application_name: OwnerName, name: PathName, when: When) -> Response:
     """Remove a configuration. Its versions are kept."""
-    row = await repo.delete_configuration((application_name, name), when)
-    return deleted(row, missing_name(row), when)
+    return deleted(await repo.delete_configuration((application_name, name), when), when)
 
 
 # --- Versions of configurations ---
@@ -255,9 +244,9 @@ async def read_version(id: PathId, version: Version) -> Response:
 async def restore_version(id: PathId, version: Version, when: When) -> Response:
     """Make the name, the comments and the config of a version the newest again, also of a deleted configuration."""
     row = await repo.restore_version(id, version, when)
-    if row and not row["written"] and repo.conditions_hold(row, when):
+    if row is None or (not row["written"] and repo.conditions_hold(row, when)):
         raise HTTPException(404, NO_VERSION)
-    return written(row, NO_VERSION, when)
+    return written(row, when)
 
 
 @changes.get("", response_model=list[models.ChangeEntry], responses=LIST)

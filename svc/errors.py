@@ -157,7 +157,7 @@ EXAMPLES: dict[int, dict[str, Any]] = {
     400: {"detail": INVALID, "errors": [{"loc": ["body", "name"], "msg": "Field required", "type": "missing"}]},
     401: {"detail": "A token is needed: send Authorization: Bearer."},
     403: {"detail": "This token may only read."},
-    404: {"detail": "There is no configuration with this id."},
+    404: {"detail": "There is nothing with this id."},
     405: {"detail": "This resource takes GET, HEAD."},
     408: {"detail": "The body did not arrive in time."},
     409: {"detail": CONFLICTS["applications_name_key"]},

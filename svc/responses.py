@@ -36,14 +36,22 @@ async def read_or_wait(
     return row
 
 
-def document(row: Row | None, missing: str, if_none_match: Iterable[str] = ()) -> Response:
+def document(row: Row | None, if_none_match: Iterable[str] = ()) -> Response:
     """What PostgreSQL wrote, as it is; 304 if If-None-Match names it; 404 if there is nothing."""
     if row is None or row["etag"] is None:
-        raise HTTPException(404, missing)
+        raise HTTPException(404, _what_is_missing(row))
     headers = {"ETag": row["etag"]}
     if if_none_match and etag_matches(row, if_none_match):
         return Response(None, 304, headers)
     return Response(row["json"], 200, headers, "application/json")
+
+
+def _what_is_missing(row: Row | None) -> str:
+    if row is None:
+        return "There is nothing with this id."
+    if row["application_id"] is None:
+        return "There is no application with this name."
+    return "This application has no configuration with this name."
 
 
 def created(request: Request, row: Row) -> Response:
@@ -53,19 +61,19 @@ def created(request: Request, row: Row) -> Response:
     return Response(row["json"], 201, headers, "application/json")
 
 
-def written(row: Row | None, missing: str, when: Conditions) -> Response:
+def written(row: Row | None, when: Conditions) -> Response:
     """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
     if row is not None and not row["written"] and row["etag"]:
         if conditions_hold(row, when) and not when.if_none_match:
             raise HTTPException(404, missing)  # it was deleted, and another created since the statement looked
         raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
-    response = document(row, missing)
+    response = document(row)
     watch.changed()
     return response
 
 
-def deleted(row: Row | None, missing: str, when: Conditions) -> Response:
-    written(row, missing, when)
+def deleted(row: Row | None, when: Conditions) -> Response:
+    written(row, when)
     return Response(status_code=204)
 
 
