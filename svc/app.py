@@ -83,14 +83,11 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-api = "/api/v1"
-applications = APIRouter(prefix=f"{api}/applications", tags=["applications"], route_class=Route)
-configurations = APIRouter(prefix=f"{api}/configurations", tags=["configurations"], route_class=Route)
-named = APIRouter(
-    prefix=f"{api}/applications/{{application_name}}/configurations", tags=["configurations"], route_class=Route
-)
-versions = APIRouter(prefix=f"{api}/configurations/{{id}}/versions", tags=["versions"], route_class=Route)
-changes = APIRouter(prefix=f"{api}/changes", tags=["versions"], route_class=Route)
+applications = APIRouter(prefix="/applications", tags=["applications"], route_class=Route)
+configurations = APIRouter(prefix="/configurations", tags=["configurations"], route_class=Route)
+named = APIRouter(prefix="/applications/{application_name}/configurations", tags=["configurations"], route_class=Route)
+versions = APIRouter(prefix="/configurations/{id}/versions", tags=["versions"], route_class=Route)
+changes = APIRouter(prefix="/changes", tags=["versions"], route_class=Route)
 operation = APIRouter(tags=["operation"], route_class=Route)
 
 
@@ -314,8 +311,9 @@ app = FastAPI(
     responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
     exception_handlers={RequestValidationError: errors.respond, StarletteHTTPException: errors.respond},
 )
-for router in (applications, configurations, named, versions, changes, operation):
-    app.include_router(router)
+for router in (applications, configurations, named, versions, changes):
+    app.include_router(router, prefix="/api/v1")
+app.include_router(operation)
 app.add_middleware(middleware)
 
 # FastAPI serves this document, once it has what FastAPI does not know: the shape of problems, and what needs a token.
