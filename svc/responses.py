@@ -65,7 +65,7 @@ def written(row: Row | None, when: Conditions) -> Response:
     """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
     if row is not None and not row["written"] and row["etag"]:
         if conditions_hold(row, when) and not when.if_none_match:
-            raise HTTPException(404, missing)  # it was deleted, and another created since the statement looked
+            raise HTTPException(404, "It was deleted meanwhile, and another was created: read it, and decide again.")
         raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
     response = document(row)
     watch.changed()
