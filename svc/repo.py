@@ -1,6 +1,8 @@
-"""Every SQL statement of the API. Rows hold an id, an ETag, and the JSON to answer with."""
+"""Every SQL statement of the API. Rows hold an id, an ETag, and the JSON to answer with.
 
-import json
+In every statement `this` is the row that is read or written.
+"""
+
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
@@ -36,13 +38,10 @@ Key = str | tuple[str, str]
 # Who asks, as it will stand in the history of what this request writes.
 actor: ContextVar[str] = ContextVar("actor", default="anonymous")
 
-
-_dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-register_adapter(dict, lambda document: Json(document, _dump))  # psycopg2 calls it in the thread of the statement
+register_adapter(dict, Json)  # psycopg2 calls it in the thread of the statement
 
 
-# It holds the time as well: in a database that went back in time the numbers of versions repeat.
-ETAG = """'"' || {0}.id || '.' || {0}.version || '.' || (extract(epoch FROM {0}.updated_at) * 1000000)::bigint || '"'"""
+# --- Parts of statements ---
 
 
 def _json(columns: str) -> str:
@@ -50,33 +49,52 @@ def _json(columns: str) -> str:
 
 
 def _application_json(ids: str) -> str:
-    return _json(f"a.id, a.name, a.comments, {ids} AS configuration_ids, a.version, a.created_at, a.updated_at")
+    return _json(f"this.id, this.name, this.comments, {ids} AS configuration_ids, {TIMES}")
 
 
-def _application(ids: str) -> str:
-    return f"a.id, {ETAG.format('a')} AS etag, {_application_json(ids)} AS json"
+def _row(json: str) -> str:
+    return f"this.id, {ETAG} AS etag, {json} AS json"
 
 
-IDS = "ARRAY(SELECT c.id FROM configurations AS c WHERE c.application_id = a.id ORDER BY c.id)"
+# It holds the time as well: in a database that went back in time the numbers of versions repeat.
+ETAG = """
+    '"' || this.id || '.' || this.version || '.' || (extract(epoch FROM this.updated_at) * 1000000)::bigint || '"'
+"""
+TIMES = "this.version, this.created_at, this.updated_at"
+IDS = "ARRAY(SELECT c.id FROM configurations AS c WHERE c.application_id = this.id ORDER BY c.id)"
 # For a write: the ids as they are once it holds the application's row, not as they were when the statement began.
-IDS_NOW = "configuration_ids_now(a.id)"
-CONFIGURATION_JSON = _json(
-    "c.id, c.application_id, c.name, c.comments, c.config, c.version, c.created_at, c.updated_at"
-)
-CONFIGURATION = f"c.id, {ETAG.format('c')} AS etag, {CONFIGURATION_JSON} AS json"
-CHANGE = "v.configuration_id, v.application_id, v.name, v.version, v.operation, v.actor, v.recorded_at"
-VERSION_JSON = _json(f"{CHANGE}, v.comments, v.config")
+IDS_NOW = "configuration_ids_now(this.id)"
+APPLICATION = _row(_application_json(IDS))
+CONFIGURATION_JSON = _json(f"this.id, this.application_id, this.name, this.comments, this.config, {TIMES}")
+CONFIGURATION = _row(CONFIGURATION_JSON)
+CHANGE = """
+    this.configuration_id, this.application_id, this.name, this.version, this.operation, this.actor, this.recorded_at
+"""
+VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
 # If-Match and If-None-Match (RFC 9110, section 13.1).
 CONDITIONS = f"""
-    (%(if_match)s = '{{{{}}}}' OR %(if_match)s && ARRAY['*', {ETAG}]) AND NOT %(if_none_match)s && ARRAY['*', {ETAG}]
+    (%(if_match)s = '{{}}' OR %(if_match)s && ARRAY['*', {ETAG}]) AND NOT %(if_none_match)s && ARRAY['*', {ETAG}]
 """
 # In the FROM of a statement that writes configurations, for the trigger that records their versions.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) AS actor"
-ID_BY_NAMES = """(
-    SELECT named.id
-    FROM applications AS a JOIN configurations AS named ON named.application_id = a.id
-    WHERE a.name = %(application_name)s AND named.name = %(own_name)s
-)"""
+# The id of a configuration by what _find() gives.
+ID = """
+    coalesce(%(id)s, (
+        SELECT c.id
+        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
+        WHERE a.name = %(application_name)s AND c.name = %(own_name)s
+    ))
+"""
+# Locks its application before a configuration that goes or may get another's name. The deletion of the application
+# locks it first too: none of them then has what another waits for.
+IN_ITS_APPLICATION = f"""
+    this.application_id = (
+        SELECT a.id
+        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
+        WHERE c.id = {ID}
+        FOR NO KEY UPDATE OF a
+    )
+"""
 
 
 def etag_matches(row: Row | None, etags: Iterable[str]) -> bool:
@@ -93,16 +111,16 @@ def conditions_hold(row: Row, when: Conditions) -> bool:
 
 async def create_application(new: models.ApplicationCreate) -> Row:
     statement = f"""
-        INSERT INTO applications AS a (id, name, comments)
+        INSERT INTO applications AS this (id, name, comments)
         VALUES (%(id)s, %(name)s, %(comments)s)
-        RETURNING {_application(IDS)}
+        RETURNING {APPLICATION}
     """
     [row] = await db.fetch("create_application", statement, {"id": str(ULID()), **dict(new)})
     return row
 
 
 async def _read_applications(ids: list[str], within: float) -> Mapping[str, Row]:
-    statement = f"SELECT {_application(IDS)} FROM applications AS a WHERE a.id = ANY(%(ids)s)"
+    statement = f"SELECT {APPLICATION} FROM applications AS this WHERE this.id = ANY(%(ids)s)"
     return {row["id"]: row for row in await db.fetch("read_applications", statement, {"ids": ids}, within)}
 
 
@@ -117,21 +135,23 @@ async def find_application(name: str) -> str | None:
 
 def list_applications(wanted: models.ApplicationFilter) -> AsyncIterator[Row]:
     rows = f"""
-        applications AS a CROSS JOIN LATERAL (SELECT {IDS} AS ids OFFSET 0) AS own
-        WHERE (%(name)s IS NULL OR a.name = %(name)s)
+        SELECT this.*, own.ids, 30 * cardinality(own.ids) AS size, this.id AS key
+        FROM applications AS this CROSS JOIN LATERAL (SELECT {IDS} AS ids OFFSET 0) AS own
+        WHERE %(name)s IS NULL OR this.name = %(name)s
     """
-    return _pages("list_applications", _application_json("a.ids"), rows, "a.id", "30 * cardinality(ids)", wanted)
+    return _pages("list_applications", rows, _application_json("this.ids"), dict(wanted))
 
 
 async def update_application(id: str, changes: models.ApplicationUpdate, when: Conditions) -> Row | None:
     statement = f"""
-        UPDATE applications AS a
-        SET name = coalesce(%(name)s, a.name),
-            comments = CASE WHEN %(keep_comments)s THEN a.comments ELSE %(comments)s END
-        WHERE a.id = %(id)s AND {CONDITIONS.format("a")}
-        RETURNING {_application(IDS_NOW)}
+        UPDATE applications AS this
+        SET name = coalesce(%(name)s, this.name),
+            comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END
+        WHERE this.id = %(id)s AND {CONDITIONS}
+        RETURNING {_row(_application_json(IDS_NOW))}
     """
-    return await _write("update_application", statement, {"id": id, **_given(changes)}, when, read_application, id)
+    params = {"id": id, **_given(changes), **dict(when)}
+    return await _write("update_application", statement, params, read_application, id)
 
 
 async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | None:
@@ -140,12 +160,14 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
     It is locked before they are counted, so that none comes or goes after that.
     """
     statement = f"""
-        DELETE FROM applications AS a USING {ACTOR}
-        WHERE a.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE) AND {CONDITIONS.format("a")}
+        DELETE FROM applications AS this USING {ACTOR}
+        WHERE this.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE)
+          AND {CONDITIONS}
           AND (%(cascade)s OR cardinality({IDS_NOW}) = 0)
-        RETURNING {ETAG.format("a")} AS etag, NULL AS json
+        RETURNING {ETAG} AS etag, NULL AS json
     """
-    return await _write("delete_application", statement, {"id": id, "cascade": cascade}, when, read_application, id)
+    params = {"id": id, "cascade": cascade, **dict(when)}
+    return await _write("delete_application", statement, params, read_application, id)
 
 
 # --- Configurations ---
@@ -153,7 +175,7 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
 
 async def create_configuration(new: models.ConfigurationCreate) -> Row:
     statement = f"""
-        INSERT INTO configurations AS c (id, application_id, name, comments, config)
+        INSERT INTO configurations AS this (id, application_id, name, comments, config)
         SELECT %(id)s, %(application_id)s, %(name)s, %(comments)s, %(config)s FROM {ACTOR}
         RETURNING {CONFIGURATION}
     """
@@ -163,7 +185,7 @@ async def create_configuration(new: models.ConfigurationCreate) -> Row:
 
 
 async def _read_by_ids(ids: list[str], within: float) -> Mapping[str, Row]:
-    statement = f"SELECT {CONFIGURATION} FROM configurations AS c WHERE c.id = ANY(%(ids)s)"
+    statement = f"SELECT {CONFIGURATION} FROM configurations AS this WHERE this.id = ANY(%(ids)s)"
     return {row["id"]: row for row in await db.fetch("read_configurations", statement, {"ids": ids}, within)}
 
 
@@ -173,15 +195,21 @@ def _from_names(columns: str) -> str:
         FROM unnest(%(application_names)s::text[], %(names)s::text[]) AS key (application_name, name)
         LEFT JOIN LATERAL (SELECT id FROM applications WHERE name = key.application_name LIMIT 1) AS a ON true
         LEFT JOIN LATERAL (
-            SELECT {columns} FROM configurations AS c WHERE c.application_id = a.id AND c.name = key.name LIMIT 1
+            SELECT {columns}
+            FROM configurations AS this
+            WHERE this.application_id = a.id AND this.name = key.name
+            LIMIT 1
         ) AS c ON true
     """
 
 
+def _names(keys: Collection[tuple[str, str]]) -> dict[str, list[str]]:
+    return {"application_names": [key[0] for key in keys], "names": [key[1] for key in keys]}
+
+
 async def _read_by_names(keys: list[tuple[str, str]], within: float) -> Mapping[tuple[str, str], Row]:
     statement = f"SELECT key.application_name, key.name, a.id AS application_id, c.* {_from_names(CONFIGURATION)}"
-    params = {"application_names": [key[0] for key in keys], "names": [key[1] for key in keys]}
-    rows = await db.fetch("read_configurations_by_names", statement, params, within)
+    rows = await db.fetch("read_configurations_by_names", statement, _names(keys), within)
     return {(row["application_name"], row["name"]): row for row in rows}
 
 
@@ -197,81 +225,76 @@ def read_configuration(key: Key) -> Awaitable[Row | None]:
 
 def list_configurations(wanted: models.ConfigurationFilter) -> AsyncIterator[Row]:
     rows = """
-        configurations AS c
-        WHERE (%(application_id)s IS NULL OR c.application_id = %(application_id)s)
-          AND (%(name)s IS NULL OR c.name = %(name)s)
-          AND (%(contains)s IS NULL OR c.config @> %(contains)s)
+        SELECT this.*, this.id AS key
+        FROM configurations AS this
+        WHERE (%(application_id)s IS NULL OR this.application_id = %(application_id)s)
+          AND (%(name)s IS NULL OR this.name = %(name)s)
+          AND (%(contains)s IS NULL OR this.config @> %(contains)s)
     """
-    return _pages("list_configurations", CONFIGURATION_JSON, rows, "c.id", "size", wanted)
+    return _pages("list_configurations", rows, CONFIGURATION_JSON, dict(wanted))
 
 
 async def update_configuration(
     key: Key, changes: models.ConfigurationUpdate, when: Conditions, merge: bool = False
 ) -> Row | None:
     """Replace the fields that are present. With `merge`, merge the config into what is stored (RFC 7396)."""
-    id, params = _find(key)
-    config = "merge_patch(c.config, %(config)s)" if merge else "%(config)s"
+    config = "merge_patch(this.config, %(config)s)" if merge else "%(config)s"
     statement = f"""
-        UPDATE configurations AS c
-        SET name = coalesce(%(name)s, c.name),
-            comments = CASE WHEN %(keep_comments)s THEN c.comments ELSE %(comments)s END,
-            config = coalesce({config}, c.config)
+        UPDATE configurations AS this
+        SET name = coalesce(%(name)s, this.name),
+            comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
+            config = coalesce({config}, this.config)
         FROM {ACTOR}
-        WHERE c.id = {id} AND {CONDITIONS.format("c")} AND {_in_its_application(id) if changes.name else "true"}
+        WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION if changes.name else "true"}
         RETURNING {CONFIGURATION}
     """
-    params |= _given(changes)
-    return await _write("update_configuration", statement, params, when, read_configuration, key)
+    params = {**_find(key), **_given(changes), **dict(when)}
+    return await _write("update_configuration", statement, params, read_configuration, key)
 
 
 async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, when: Conditions) -> Row | None:
     """Replace the fields that are present, or create the configuration: `created` tells which."""
-    id, params = _find(key)
     update = f"""
-        UPDATE configurations AS c
-        SET comments = CASE WHEN %(keep_comments)s THEN c.comments ELSE %(comments)s END,
-            config = coalesce(%(config)s, c.config)
+        UPDATE configurations AS this
+        SET comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
+            config = coalesce(%(config)s, this.config)
         FROM {ACTOR}
-        WHERE c.id = {id} AND {CONDITIONS.format("c")}
+        WHERE this.id = {ID} AND {CONDITIONS}
     """
     source = f"""
-        SELECT %(id)s, a.id, %(own_name)s, %(comments)s, %(config)s
+        SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s
         FROM applications AS a, {ACTOR}
-        WHERE a.name = %(application_name)s AND {id} IS NULL
+        WHERE a.name = %(application_name)s AND {ID} IS NULL
     """
-    params |= {"id": str(ULID()), **_given(new)}
+    params = {"new_id": str(ULID()), **_find(key), **_given(new)}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
 async def delete_configuration(key: Key, when: Conditions) -> Row | None:
-    id, params = _find(key)
     statement = f"""
-        DELETE FROM configurations AS c USING {ACTOR}
-        WHERE c.id = {id} AND {CONDITIONS.format("c")} AND {_in_its_application(id)}
-        RETURNING {ETAG.format("c")} AS etag, NULL AS json
+        DELETE FROM configurations AS this USING {ACTOR}
+        WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION}
+        RETURNING {ETAG} AS etag, NULL AS json
     """
-    return await _write("delete_configuration", statement, params, when, read_configuration, key)
+    params = {**_find(key), **dict(when)}
+    return await _write("delete_configuration", statement, params, read_configuration, key)
 
 
 async def read_etags(keys: Collection[Key]) -> dict[Key, str]:
     """The ETags of configurations. Those that do not exist are not among them."""
     statement = f"""
-        SELECT c.id, {ETAG.format("c")} AS etag, NULL AS application_name, NULL AS name
-        FROM configurations AS c
-        WHERE c.id = ANY(%(ids)s::text[])
+        SELECT this.id, {ETAG} AS etag, NULL AS application_name, NULL AS name
+        FROM configurations AS this
+        WHERE this.id = ANY(%(ids)s::text[])
         UNION ALL
         SELECT c.id, c.etag, key.application_name, key.name
-        {_from_names(f"c.id, {ETAG.format('c')} AS etag")}
+        {_from_names(f"this.id, {ETAG} AS etag")}
         WHERE c.id IS NOT NULL
     """
+    ids = [key for key in keys if isinstance(key, str)]
     names = [key for key in keys if isinstance(key, tuple)]
-    params = {
-        "ids": [key for key in keys if isinstance(key, str)],
-        "application_names": [key[0] for key in names],
-        "names": [key[1] for key in names],
-    }
-    rows = await db.fetch("read_etags", statement, params)
-    return {row["id"] if row["name"] is None else (row["application_name"], row["name"]): row["etag"] for row in rows}
+    rows = await db.fetch("read_etags", statement, {"ids": ids, **_names(names)})
+    return {(row["application_name"], row["name"]) if row["name"] else row["id"]: row["etag"] for row in rows}
 
 
 # --- Versions of configurations ---
@@ -285,15 +308,19 @@ async def has_versions(id: str) -> bool:
 
 def list_versions(id: str, wanted: models.VersionFilter) -> AsyncIterator[Row]:
     """Newest first."""
-    rows = "configuration_versions AS v WHERE v.configuration_id = %(id)s"
-    return _pages("list_versions", VERSION_JSON, rows, "v.version", "size", wanted, id=id)
+    rows = """
+        SELECT this.*, this.version AS key
+        FROM configuration_versions AS this
+        WHERE this.configuration_id = %(id)s
+    """
+    return _pages("list_versions", rows, VERSION_JSON, {"id": id, **dict(wanted)})
 
 
 async def read_version(id: str, version: int) -> Row | None:
     statement = f"""
         SELECT {VERSION_JSON} AS json
-        FROM configuration_versions AS v
-        WHERE v.configuration_id = %(id)s AND v.version = %(version)s
+        FROM configuration_versions AS this
+        WHERE this.configuration_id = %(id)s AND this.version = %(version)s
     """
     rows = await db.fetch("read_version", statement, {"id": id, "version": version})
     return rows[0] if rows else None
@@ -304,28 +331,32 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
 
     A version that records a deletion has no config, so there is nothing to restore.
     """
-    chosen = """
-        configuration_versions AS v
-        WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
-    """
     update = f"""
-        UPDATE configurations AS c
+        UPDATE configurations AS this
         SET name = v.name, comments = v.comments, config = v.config
-        FROM {ACTOR}, {chosen} AND c.id = v.configuration_id AND {CONDITIONS.format("c")}
-          AND {_in_its_application("%(id)s")}
+        FROM configuration_versions AS v, {ACTOR}
+        WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
+          AND this.id = %(id)s AND {CONDITIONS} AND {IN_ITS_APPLICATION}
     """
     source = f"""
         SELECT %(id)s, v.application_id, v.name, v.comments, v.config
-        FROM {ACTOR}, {chosen} AND v.application_id IN (SELECT id FROM applications)
+        FROM configuration_versions AS v, {ACTOR}
+        WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
+          AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
-    return await _write_or_create("restore_version", update, source, {"id": id, "version": version}, when, id)
+    params = {**_find(id), "version": version}
+    return await _write_or_create("restore_version", update, source, params, when, id)
 
 
 def list_changes(wanted: models.ChangeFilter) -> AsyncIterator[Row]:
     """Newest first, without documents."""
-    rows = "configuration_versions AS v WHERE (%(application_id)s IS NULL OR v.application_id = %(application_id)s)"
-    return _pages("list_changes", _json(f"v.position, {CHANGE}"), rows, "v.position", "0", wanted)
+    rows = f"""
+        SELECT {CHANGE}, this.position, this.position AS key, 0 AS size
+        FROM configuration_versions AS this
+        WHERE %(application_id)s IS NULL OR this.application_id = %(application_id)s
+    """
+    return _pages("list_changes", rows, _json(f"this.position, {CHANGE}"), dict(wanted))
 
 
 # --- The database itself ---
@@ -338,14 +369,13 @@ async def read_state() -> Row:
                ARRAY(SELECT version FROM migrations WHERE duration IS NOT NULL ORDER BY version) AS migrations,
                ARRAY(
                    SELECT privilege || ' on ' || relation
-                   FROM unnest(%(relations)s, %(privileges)s) AS needed (relation, privilege)
+                   FROM jsonb_each(%(grants)s) AS needed (relation, privileges),
+                        jsonb_array_elements_text(privileges) AS privilege
                    WHERE NOT has_table_privilege(to_regclass(relation), privilege)
                ) AS missing_grants
     """
-    needed = [(relation, privilege) for relation, privileges in GRANTS.items() for privilege in privileges]
-    params = {"relations": [each[0] for each in needed], "privileges": [each[1] for each in needed]}
     try:
-        [row] = await db.fetch("read_state", statement, params)
+        [row] = await db.fetch("read_state", statement, {"grants": GRANTS})
     except UndefinedTable:
         return {"read_only": False, "migrations": [], "missing_grants": []}
     if row["read_only"]:
@@ -356,43 +386,21 @@ async def read_state() -> Row:
 # --- What they share ---
 
 
-def _find(key: Key) -> tuple[str, dict[str, Any]]:
-    """The SQL of a configuration's id, and its parameters."""
-    if isinstance(key, str):
-        return "%(id)s", {"id": key}
-    return ID_BY_NAMES, {"application_name": key[0], "own_name": key[1]}
-
-
-def _in_its_application(id: str) -> str:
-    """Locks its application before a configuration that goes or may get another's name.
-
-    The deletion of the application locks it first too: none of them then has what another waits for.
-    """
-    return f"""
-        c.application_id = (
-            SELECT a.id
-            FROM applications AS a JOIN configurations AS own ON own.application_id = a.id
-            WHERE own.id = {id}
-            FOR NO KEY UPDATE OF a
-        )
-    """
+def _find(key: Key) -> dict[str, str | None]:
+    """The parameters of ID."""
+    id, names = (key, (None, None)) if isinstance(key, str) else (None, key)
+    return {"id": id, "application_name": names[0], "own_name": names[1]}
 
 
 def _given(changes: BaseModel) -> dict[str, Any]:
     return {"keep_comments": "comments" not in changes.model_fields_set, **dict(changes)}
 
 
-async def _write[K](
-    name: str,
-    statement: str,
-    params: dict[str, Any],
-    when: Conditions,
-    read: Callable[[K], Awaitable[Row | None]],
-    key: K,
+async def _write(
+    name: str, statement: str, params: dict[str, Any], read: Callable[[Any], Awaitable[Row | None]], key: Key
 ) -> Row | None:
     """The row as written, or as it is if it was left alone (`written` is false), or None without any."""
-    rows = await db.fetch(name, statement, {**params, **dict(when), "actor": actor.get()})
-    if rows:
+    if rows := await db.fetch(name, statement, {"actor": actor.get(), **params}):
         return {**rows[0], "written": True}
     row = await read(key)
     return row and {**row, "written": False}
@@ -401,20 +409,23 @@ async def _write[K](
 async def _write_or_create(
     name: str, update: str, source: str, params: dict[str, Any], when: Conditions, key: Key
 ) -> Row | None:
-    """Update, or else insert what `source` selects, in one statement. It runs again if another writer was faster."""
-    params["may_create"] = not when.if_match
+    """Update, or else insert what `source` selects unless If-Match was sent, in one statement.
+
+    It runs again, TRIES times at most, if another writer was faster.
+    """
     statement = f"""
         WITH updated AS ({update} RETURNING {CONFIGURATION}),
         created AS (
-            INSERT INTO configurations AS c (id, application_id, name, comments, config)
-            {source} AND %(may_create)s
+            INSERT INTO configurations AS this (id, application_id, name, comments, config)
+            {source} AND %(if_match)s = '{{}}'
             RETURNING {CONFIGURATION}
         )
         SELECT *, false AS created FROM updated UNION ALL SELECT *, true FROM created
     """
+    write = partial(_write, name, statement, {**params, **dict(when)}, read_configuration, key)
     for attempt in range(1, TRIES + 1):
         try:
-            row = await _write(name, statement, params, when, read_configuration, key)
+            row = await write()
         except UniqueViolation:  # it was created meanwhile, or its name is another's
             if attempt == TRIES:
                 raise
@@ -425,32 +436,29 @@ async def _write_or_create(
     raise OperationalError("others write it at the same time")
 
 
-async def _pages(
-    name: str, shown: str, rows: str, key: str, size: str, wanted: BaseModel, **others: Any
-) -> AsyncIterator[Row]:
+async def _pages(name: str, rows: str, json: str, wanted: dict[str, Any]) -> AsyncIterator[Row]:
     """The pages of a list by keyset pagination: `json`, the `last` key, and whether there is `more`.
 
     With a limit there is one page, else as many as it takes. A page ends at the limit, or once its rows have
     PAGE_BYTES by their `size`: it takes the same time and memory wherever it stands.
     """
-    params = {**dict(wanted), **others}
-    bound = "before" if "before" in params else "after"
+    bound = "before" if "before" in wanted else "after"
     beyond, order, last = ("<", "DESC", "min") if bound == "before" else (">", "ASC", "max")
     statement = f"""
-        SELECT coalesce(string_agg({shown}, ',' ORDER BY key {order}) FILTER (WHERE fits), '') AS json,
+        SELECT coalesce(string_agg({json}, ',' ORDER BY key {order}) FILTER (WHERE fits), '') AS json,
                {last}(key) FILTER (WHERE fits) AS last, count(*) > count(*) FILTER (WHERE fits) AS more
         FROM (
-            SELECT *, {key} AS key,
-                   row_number() OVER place <= %(limit)s AND sum({size}) OVER place - {size} < {PAGE_BYTES} AS fits
-            FROM {rows} AND (%({bound})s IS NULL OR {key} {beyond} %({bound})s)
-            WINDOW place AS (ORDER BY {key} {order})
-            ORDER BY {key} {order}
+            SELECT *, row_number() OVER place <= %(limit)s AND sum(size) OVER place - size < {PAGE_BYTES} AS fits
+            FROM ({rows}) AS matching
+            WHERE %({bound})s IS NULL OR key {beyond} %({bound})s
+            WINDOW place AS (ORDER BY key {order})
+            ORDER BY key {order}
             LIMIT %(limit)s + 1
-        ) AS {key.partition(".")[0]}
+        ) AS this
     """
-    limit, more = params["limit"], True
+    limit, more = wanted["limit"], True
     while more:
-        [page] = await db.fetch_page(name, statement, {**params, "limit": limit or 1000})
+        [page] = await db.fetch_page(name, statement, {**wanted, "limit": limit or 1000})
         yield page
         more = page["more"] and limit is None
-        params[bound] = page["last"]
+        wanted[bound] = page["last"]

@@ -111,6 +111,7 @@ def test_a_page_ends_after_a_megabyte_of_documents(client, application):
     assert (
         client.get("/configurations", params={"application_id": application["id"]}).json() == page.json() + rest.json()
     )
+    assert len(client.get("/changes", params={"limit": 3}).json()) == 3  # they are shown without documents
 
 
 # --- The schema keeps the rules, whoever writes ---
