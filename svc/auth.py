@@ -20,11 +20,10 @@ log = logging.getLogger(__name__)
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/health/live"}
 READ_EVERY = 1.0  # seconds: a token works no longer than that after its end
 
-_tokens: dict[str, db.Row] | None = None  # those that count, by their hash; None before they were read
-_unknown: set[str] = set()  # the hashes of others that were sent since they were read
+_tokens: dict[str, db.Row] = {}  # those that count, by their hash
+_refused: set[str] = set()  # the hashes of others that were sent since
 _error: psycopg2.Error | None = None  # why they could not be read the last time
-_changes = 0  # how often they changed
-_read_at = _next_read = float("-inf")
+_read_at = _next_read = float("-inf")  # when the last read began, and when one more may begin
 _reading = asyncio.Lock()
 
 
@@ -45,9 +44,7 @@ async def check(scope: Scope) -> None:
         raise _refuse(401, "This token is unknown, expired or revoked.", "invalid_token")
     repo.actor.set(f"token:{row['name']}")
     if row["application_id"] is not None and not _is_below(path, row["application_name"]):
-        raise _refuse(
-            403, "This token is for the configurations of one application, by its name.", "insufficient_scope"
-        )
+        raise _refuse(403, "This token is for the configurations of one application, by name.", "insufficient_scope")
     if row["role"] != "write" and scope["method"] not in ("GET", "HEAD"):
         raise _refuse(403, "This token may only read.", "insufficient_scope")
 
@@ -64,54 +61,52 @@ def _is_below(path: str, application_name: str) -> bool:
     return (before, unquote(name), below.partition("/")[0]) == ("/api/v1", application_name, "configurations")
 
 
-async def refresh() -> int:
-    """Read the tokens again if that is due. Returns how often they changed.
-
-    The last ones count while the database is away. Raises psycopg2.Error if there are none yet.
-    """
-    if settings.load().auth == "on" and monotonic() - _read_at >= READ_EVERY:
-        async with _reading:
-            if monotonic() - _read_at >= READ_EVERY:
-                await _read()
-    if _tokens is None and _error:
-        raise _error
-    return _changes
+async def refresh() -> dict[str, db.Row]:
+    """The tokens that count, by their hash, read again if that is due. While the database is away the last ones do."""
+    due = monotonic() - READ_EVERY
+    if settings.load().auth == "on" and _read_at <= due:
+        await _read_since(due)
+    return _tokens
 
 
 async def _find(hash: str) -> db.Row | None:
+    """Raises psycopg2.Error if it may be the hash of a new token, and they cannot be read."""
     arrived = monotonic()
     await refresh()
-    if hash not in _tokens and hash not in _unknown:
-        # It may be new. All who send unknown tokens cause one statement a second together, and wait for it.
-        async with _reading:
-            if _read_at < arrived:
-                await asyncio.sleep(_next_read - READ_EVERY - monotonic())
-                await _read()
+    if hash not in _tokens and hash not in _refused:
+        await _read_since(arrived)
         if _error:
             raise _error
         if hash not in _tokens:
-            _unknown.add(hash)
+            _refused.add(hash)
     return _tokens.get(hash)
 
 
-async def _read() -> None:
-    global _tokens, _error, _changes, _read_at, _next_read
-    _unknown.clear()
-    _read_at = monotonic()
-    _next_read = max(_next_read, _read_at - READ_EVERY) + READ_EVERY  # one a second, and one more after a pause
+async def _read_since(time: float) -> None:
+    """Read the tokens, unless that has begun since this time: all who ask meanwhile share one statement.
+
+    It waits until a read is due, which is once a second, and once more after a pause, whatever is sent.
+    """
+    global _tokens, _error, _read_at, _next_read
     statement = """
         SELECT t.hash, t.name, t.role, t.application_id, a.name AS application_name
         FROM tokens AS t LEFT JOIN applications AS a ON a.id = t.application_id
         WHERE t.expires_at > now() OR t.expires_at IS NULL
     """
-    try:
-        tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {})}
-    except psycopg2.Error as error:
-        _error = error
-        return
-    _unknown.update((_tokens or {}).keys() - tokens.keys())  # what has ended is no news
-    _changes += tokens != _tokens
-    _tokens, _error = tokens, None
+    async with _reading:
+        if _read_at > time:
+            return
+        await asyncio.sleep(_next_read - monotonic())
+        _read_at = monotonic()
+        _next_read = max(_next_read + READ_EVERY, _read_at - READ_EVERY)
+        _refused.clear()
+        try:
+            tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {})}
+        except psycopg2.Error as error:
+            _error = error
+        else:
+            _refused.update(_tokens.keys() - tokens.keys())  # what has ended is no news
+            _tokens, _error = tokens, None
 
 
 # --- The command line ---
@@ -120,6 +115,7 @@ async def _read() -> None:
 def new(name: str, role: str, application: str | None, expires: int | None) -> None:
     """Make a token, and print it: it cannot be shown again"""
     token = f"cfs_{secrets.token_urlsafe(32)}"
+    hash = sha256(token.encode()).hexdigest()
     with migrations.connect() as cursor:
         cursor.execute(
             """
@@ -129,13 +125,7 @@ def new(name: str, role: str, application: str | None, expires: int | None) -> N
             WHERE a.id IS NOT NULL OR %(application)s IS NULL
             ON CONFLICT (name) DO NOTHING
             """,
-            {
-                "name": name,
-                "hash": sha256(token.encode()).hexdigest(),
-                "role": role,
-                "application": application,
-                "expires": expires,
-            },
+            {"name": name, "hash": hash, "role": role, "application": application, "expires": expires},
         )
         if not cursor.rowcount:
             raise SystemExit(f"no token was made: {name} exists already, or there is no application {application}")

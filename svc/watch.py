@@ -28,7 +28,7 @@ JITTER = 0.00005  # seconds a woken reader, so that thousands do not read at the
 # The configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
 _readers: dict[asyncio.Event, tuple[repo.Key, frozenset[str]]] = {}
 _changed = asyncio.Event()
-_token_changes = 0  # how often the tokens had changed at the last look
+_tokens: dict[str, Row] = {}  # those that counted at the last look
 
 
 @asynccontextmanager
@@ -133,6 +133,6 @@ async def _look() -> None:
 
 
 async def _tokens_changed() -> bool:
-    global _token_changes
-    before, _token_changes = _token_changes, await auth.refresh()
-    return _token_changes != before
+    global _tokens
+    before, _tokens = _tokens, await auth.refresh()
+    return _tokens != before
