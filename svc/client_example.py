@@ -26,22 +26,22 @@ def configurations(base: str, application: str, name: str, copy: str, wait: int 
     """
     url = f"{base}/api/v1/applications/{quote(application, safe='')}/configurations/{quote(name, safe='')}"
     known = yielded = None
-    can_wait, failures = True, 0
+    interval = failures = 0
     with suppress(OSError, ValueError), open(copy) as file:
         known = json.load(file)
     while True:
         try:
-            known = fetch(url, known, wait if yielded and can_wait else 0)
+            known = fetch(url, known, wait if yielded else 0)
             with open(f"{copy}.new", "w") as file:
                 json.dump(known, file)
             os.replace(f"{copy}.new", copy)
-            failures, pause = 0, 0 if can_wait else wait
+            failures, pause = 0, interval
         except (OSError, ValueError, http.client.HTTPException) as error:
-            code = error.code if isinstance(error, urllib.error.HTTPError) else None
-            if code == 404 or (code == 400 and not can_wait):
+            code = getattr(error, "code", None)
+            if code == 404 or (code == 400 and not wait):
                 raise
-            # A proxy that drops If-None-Match makes every wait a 400: from then on, ask without.
-            can_wait = can_wait and code != 400
+            if code == 400:  # a proxy drops If-None-Match: from now on, ask at an interval instead of waiting
+                wait, interval = 0, wait
             # Others try again too: not all at once, and ever more rarely.
             failures += 1
             pause = random.uniform(0, min(30, 2**failures))

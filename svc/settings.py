@@ -1,6 +1,7 @@
 """The environment, typed: every setting with its bounds, read from the environment over `svc/.env`."""
 
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,16 +17,15 @@ ENV_FILE = Path(__file__).with_name(".env")
 
 def check_database(url: SecretStr) -> SecretStr:
     """The same URL. Raises ValueError if libpq cannot read it; libpq's own message would repeat the password."""
-    try:
+    with suppress(psycopg2.Error):
         given = parse_dsn(url.get_secret_value())
-    except psycopg2.Error:
-        given = {"port": "unreadable"}
-    # libpq takes the rest of a password with an @ or / for a host, a port or a database, and shows these in errors.
-    host, port, database = (given.get(name, "") for name in ("host", "port", "dbname"))
-    if "@" in host.lstrip("@") + database or port.strip("0123456789,"):  # @ begins the name of an abstract socket
-        example = "postgresql://user:password@host:5432/database"
-        raise ValueError(f"must be a URL such as {example}; in the password write %40 for @, %2F for /, %25 for %")
-    return url
+        # libpq takes the rest of a password with an @ or / for a host, a port or a database, and shows these in errors.
+        host, port, database = (given.get(name, "") for name in ("host", "port", "dbname"))
+        # @ begins the name of an abstract socket.
+        if "@" not in host.lstrip("@") + database and not port.strip("0123456789,"):
+            return url
+    example = "postgresql://user:password@host:5432/database"
+    raise ValueError(f"must be a URL such as {example}; in the password write %40 for @, %2F for /, %25 for %")
 
 
 Database = Annotated[SecretStr, AfterValidator(check_database)]
