@@ -127,10 +127,16 @@ async def turn(semaphore: asyncio.Semaphore) -> AsyncIterator[None]:
 def _run(job: asyncio.Future, name: str, statement: str, params: Mapping[str, Any]) -> None:
     """Settle a job in a thread: as loop.run_in_executor() does it, but with one future, which saves 25 µs."""
     try:
-        settle, outcome = job.set_result, _execute(job, name, statement, params)
+        outcome = _execute(job, name, statement, params)
     except BaseException as error:
-        settle, outcome = job.set_exception, error
-    job.get_loop().call_soon_threadsafe(lambda: job.done() or settle(outcome))
+        outcome = error
+    job.get_loop().call_soon_threadsafe(_settle, job, outcome)
+
+
+def _settle(future: asyncio.Future, outcome: Any) -> None:
+    if not future.done():  # it was given up, or its reader has gone away
+        set_outcome = future.set_exception if isinstance(outcome, BaseException) else future.set_result
+        set_outcome(outcome)
 
 
 def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str, Any]) -> list[Row]:
@@ -240,15 +246,13 @@ def coalesced[K](
         while waiting:
             keys = list(islice(waiting, BATCH))
             since = waiting[keys[0]][0]
-            batch = {key: waiting.pop(key)[1] for key in keys}
+            readers = [(key, future) for key in keys for future in waiting.pop(key)[1]]
             try:
-                rows = await fetch_all(keys, since + _settings.db_deadline - monotonic())
-                settle = [(future, future.set_result, rows.get(key)) for key in keys for future in batch[key]]
+                outcomes = await fetch_all(keys, since + _settings.db_deadline - monotonic())
             except Exception as error:
-                settle = [(future, future.set_exception, error) for key in keys for future in batch[key]]
-            for future, set_outcome, outcome in settle:
-                if not future.done():  # its reader may have gone away
-                    set_outcome(outcome)
+                outcomes = dict.fromkeys(keys, error)
+            for key, future in readers:
+                _settle(future, outcomes.get(key))
 
     def read(key: K) -> asyncio.Future[Row | None]:
         nonlocal batches
