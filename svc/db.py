@@ -76,17 +76,21 @@ async def fetch(name: str, statement: str, params: Mapping[str, Any], within: fl
     otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is cut off.
     """
     global _pending
-    loop = asyncio.get_running_loop()
-    job = loop.create_future()
-    deadline = loop.call_later(_settings.db_deadline if within is None else within, _time_out, job)
+    job = asyncio.get_running_loop().create_future()
     _pending += 1
     try:
         if _pending > _settings.db_queue_limit:
             raise psycopg2.OperationalError("the queue for the database is full")
         _executor.submit(_run, job, name, statement, params)
-        rows = await job
+        async with asyncio.timeout(_settings.db_deadline if within is None else within):
+            rows = await job
         _log_outage(None)
         return rows
+    except TimeoutError:
+        renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
+        silent = psycopg2.OperationalError("the database did not answer in time")
+        _log_outage(silent)
+        raise silent from None
     except psycopg2.Error as error:
         if isinstance(error, ReadOnlySqlTransaction):
             renew()  # a connection stays read-only when its database or its server no longer is
@@ -95,14 +99,7 @@ async def fetch(name: str, statement: str, params: Mapping[str, Any], within: fl
         raise
     finally:
         _pending -= 1
-        deadline.cancel()
         _cut_off(job)
-
-
-def _time_out(job: asyncio.Future) -> None:
-    if not job.done():
-        job.set_exception(psycopg2.OperationalError("the database did not answer in time"))
-        renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
 
 
 async def fetch_page(name: str, statement: str, params: Mapping[str, Any]) -> list[Row]:

@@ -113,7 +113,7 @@ def down(to: int, dry_run: bool = False) -> None:
 def status(as_json: bool) -> bool:
     """Print the state of every migration"""
     with connect() as db:
-        states = compare(db)
+        states = read_states(db)
     if as_json:
         print(json.dumps([each._asdict() | {"file": each.file and each.file.path.name} for each in states], indent=2))
     else:
@@ -125,7 +125,7 @@ def status(as_json: bool) -> bool:
 def verify() -> bool:
     """Print a line for everything that is wrong"""
     with connect() as db:
-        wrong = [each for each in compare(db) if each.state not in (APPLIED, PENDING, AHEAD)]
+        wrong = [each for each in read_states(db) if each.state not in (APPLIED, PENDING, AHEAD)]
     for each in wrong:
         print(f"{each.name}: {each.state}")
     return not wrong
@@ -162,10 +162,10 @@ def connect(url: str | None = None) -> Iterator[cursor]:
     url = url or settings.load().database()
     # If the runner is killed, the server notices within half a second.
     options = f"-c client_connection_check_interval=500 -c lock_timeout={settings.load().migration_lock_timeout}s"
-    known = {"application_name": "config-service-migrations", "connect_timeout": 5, "client_encoding": "UTF8"}
+    fixed = {"application_name": "config-service-migrations", "connect_timeout": 5, "client_encoding": "UTF8"}
     try:
         options += " " + parse_dsn(url).get("options", "")
-        with closing(psycopg2.connect(url, cursor_factory=NamedTupleCursor, options=options, **known)) as connection:
+        with closing(psycopg2.connect(url, cursor_factory=NamedTupleCursor, options=options, **fixed)) as connection:
             connection.autocommit = True
             yield connection.cursor()
     except psycopg2.Error as error:
@@ -183,7 +183,7 @@ def lock_and_check(db: cursor, *accepted: str) -> list[State]:
         if time.monotonic() > end:
             raise SystemExit("another runner is still at work: try later, or see what it waits for")
         time.sleep(0.05)
-    states = compare(db)
+    states = read_states(db)
     if wrong := [f"{each.name}: {each.state}" for each in states if each.state not in accepted]:
         raise SystemExit(f"refused, nothing was touched: {'; '.join(wrong)}")
     return states
@@ -194,7 +194,7 @@ def fetch_value(db: cursor, statement: str) -> Any:
     return db.fetchone()[0]
 
 
-def compare(db: cursor) -> list[State]:
+def read_states(db: cursor) -> list[State]:
     """The state of every migration, in numeric order."""
     files, records, states = read_files(), {}, []
     if fetch_value(db, TABLE_EXISTS):
@@ -213,8 +213,8 @@ def compare(db: cursor) -> list[State]:
             state = f"applied and its file is now called {file.name}"
         else:
             state = APPLIED if file.checksum == record.checksum else "edited after it was applied"
-        applied_at, seconds = (record.applied_at, record.seconds) if record else (None, None)
-        states.append(State(version, (record or file).name, state, applied_at, seconds, file))
+        name, applied_at, seconds = (record or file).name, record and record.applied_at, record and record.seconds
+        states.append(State(version, name, state, applied_at, seconds, file))
     return states
 
 
