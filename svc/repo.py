@@ -38,7 +38,7 @@ Key = str | tuple[str, str]
 # Who asks, as it will stand in the history of what this request writes.
 actor: ContextVar[str] = ContextVar("actor", default="anonymous")
 
-register_adapter(dict, Json)  # psycopg2 calls it in the thread of the statement
+register_adapter(dict, Json)  # psycopg2 writes documents as JSON, in the thread of the statement
 
 
 # --- Parts of statements ---
@@ -77,7 +77,7 @@ CONDITIONS = f"""
 """
 # In the FROM of a statement that writes configurations, for the trigger that records their versions.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) AS actor"
-# The id of a configuration by what _find() gives.
+# The id of a configuration. Its parameters are those of _key_params().
 ID = """
     coalesce(%(id)s, (
         SELECT c.id
@@ -248,7 +248,7 @@ async def update_configuration(
         WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION if changes.name else "true"}
         RETURNING {CONFIGURATION}
     """
-    params = {**_find(key), **_given(changes), **dict(when)}
+    params = {**_key_params(key), **_given(changes), **dict(when)}
     return await _write("update_configuration", statement, params, read_configuration, key)
 
 
@@ -266,7 +266,7 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
         FROM applications AS a, {ACTOR}
         WHERE a.name = %(application_name)s AND {ID} IS NULL
     """
-    params = {"new_id": str(ULID()), **_find(key), **_given(new)}
+    params = {"new_id": str(ULID()), **_key_params(key), **_given(new)}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
@@ -276,7 +276,7 @@ async def delete_configuration(key: Key, when: Conditions) -> Row | None:
         WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION}
         RETURNING {ETAG} AS etag, NULL AS json
     """
-    params = {**_find(key), **dict(when)}
+    params = {**_key_params(key), **dict(when)}
     return await _write("delete_configuration", statement, params, read_configuration, key)
 
 
@@ -345,7 +345,7 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
           AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
-    params = {**_find(id), "version": version}
+    params = {**_key_params(id), "version": version}
     return await _write_or_create("restore_version", update, source, params, when, id)
 
 
@@ -386,7 +386,7 @@ async def read_state() -> Row:
 # --- What they share ---
 
 
-def _find(key: Key) -> dict[str, str | None]:
+def _key_params(key: Key) -> dict[str, str | None]:
     """The parameters of ID."""
     id, names = (key, (None, None)) if isinstance(key, str) else (None, key)
     return {"id": id, "application_name": names[0], "own_name": names[1]}
