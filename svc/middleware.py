@@ -114,8 +114,8 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
 
 
 def _asks_for_upgrade(scope: Scope) -> bool:
-    headers = dict(scope["headers"])
-    return b"upgrade" in headers and b"upgrade" in headers.get(b"connection", b"").lower()
+    lines = [value.lower() for name, value in scope["headers"] if name == b"connection"]
+    return b"upgrade" in dict(scope["headers"]) and b"upgrade" in b",".join(lines)
 
 
 class _JSONRequest(Request):

@@ -162,10 +162,11 @@ def test_head_answers_as_get_without_a_body_and_ignores_one(connection, applicat
 UPGRADES = [
     [b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="],
     [b"Connection: keep-alive, uPGRADE", b"Upgrade: \xff"],
+    [b"Connection: upgrade", b"Upgrade: x", b"Connection: keep-alive"],
 ]
 
 
-@pytest.mark.parametrize("headers", UPGRADES, ids=["WebSocket", "unknown"])
+@pytest.mark.parametrize("headers", UPGRADES, ids=["WebSocket", "unknown", "two lines"])
 def test_a_request_to_upgrade_is_answered_unless_it_has_a_body_and_ends_the_connection(
     base_url, sql, application, headers
 ):
