@@ -409,3 +409,14 @@ def test_a_mistake_is_one_line_and_makes_nothing(token, sql, name):
             token(*arguments)
         assert "\n" not in str(stopped.value)
     assert [row["name"] for row in sql("SELECT name FROM tokens WHERE name LIKE %s", f"{name}%")] == [name]
+
+
+def test_wrong_usage_repeats_no_value_which_may_be_a_secret(token, capsys):
+    for arguments in (
+        ("list", "--database-url", "postgresql://u:hunter2@h/d"),
+        ("hunter2",),
+        ("revoke", "a", "hunter2"),
+    ):
+        with pytest.raises(SystemExit):
+            token(*arguments)
+    assert "hunter2" not in capsys.readouterr().err

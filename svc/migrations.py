@@ -325,10 +325,10 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(f"{error.filename}: {error.strerror}") from None
 
 
-def exit_for_usage(message: str) -> NoReturn:
+def exit_for_usage(message: str, program: str = "svc.migrations") -> NoReturn:
     """Exit with one line that repeats no value: it may be a URL with its password, given in the wrong place."""
     message = re.sub(r"(unrecognized arguments|invalid \w+|explicit argument)\b.*", r"\1", message, flags=re.DOTALL)
-    print(f"svc.migrations: {message}; -h explains", file=sys.stderr)
+    print(f"{program}: {message}; -h explains", file=sys.stderr)
     raise SystemExit(2)
 
 
