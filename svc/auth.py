@@ -102,7 +102,7 @@ async def _read_since(time: float) -> None:
         _next_read = max(_next_read + READ_EVERY, _read_at - READ_EVERY)
         _refused.clear()
         try:
-            tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {})}
+            tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, urgent=True)}
         except psycopg2.Error as error:
             _error = error
         else:

@@ -4,7 +4,8 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -357,6 +358,57 @@ def test_the_last_tokens_count_while_the_database_is_away_and_without_any_it_is_
             assert httpx.get(base + path, headers=bearer("cfs_x")).status_code == 503
             never_read = httpx.get(other + path, headers=bearer(good))
         assert (never_read.status_code, never_read.headers["retry-after"]) == (503, "1")
+
+
+def test_tokens_come_and_go_also_while_every_connection_is_busy_and_the_queue_is_full(new_database):
+    with (
+        new_database() as url,
+        service(url, auth="on", db_max_connections=1, db_queue_limit=1) as (_, base),
+        httpx.Client(base_url=base, headers=bearer(old := new_token(url))) as client,
+        closing(psycopg2.connect(url)) as other,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        path = f"/api/v1/applications/{client.post('/api/v1/applications', json={'name': 'a'}).json()['id']}"
+        other.cursor().execute("SELECT FROM applications FOR UPDATE")
+        busy = threads.submit(client.put, path, json={"name": "b"})
+        until(lambda: run_sql(url, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        assert httpx.get(f"{base}/nothing", headers=bearer(new_token(url))).status_code == 404
+        revoke(url, old)
+        until(lambda: httpx.get(f"{base}/nothing", headers=bearer(old)).status_code == 401)
+        assert not busy.done()
+        other.rollback()
+        assert busy.result().status_code == 200
+
+
+@pytest.mark.slow
+def test_who_asks_while_the_tokens_are_read_for_the_first_time_waits_for_them(new_database):
+    with new_database() as url, service(url, auth="on") as (_, base), closing(psycopg2.connect(url)) as other:
+        good = new_token(url)
+        other.cursor().execute("LOCK TABLE tokens")
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(httpx.get, f"{base}/nothing", headers=bearer(good)) for _ in range(8)]
+        assert [each.result().status_code for each in asked] == [503] * 8
+        other.rollback()
+        assert httpx.get(f"{base}/nothing", headers=bearer(good)).status_code == 404
+
+
+@pytest.mark.slow
+def test_all_who_wait_for_the_tokens_share_one_reading_however_long_it_takes(new_database):
+    def ask_once_due(base: str, token: str, number: int) -> list[Future[httpx.Response]]:
+        due = time.monotonic() + auth.READ_EVERY
+        until(lambda: time.monotonic() > due)
+        return [clients.submit(httpx.get, f"{base}/nothing", headers=bearer(token), timeout=30) for _ in range(number)]
+
+    with new_database() as url, service(url, auth="on") as (_, base), closing(psycopg2.connect(url)) as other:
+        good = new_token(url)
+        assert httpx.get(f"{base}/nothing", headers=bearer(good)).status_code == 404
+        other.cursor().execute("LOCK TABLE tokens")
+        with ThreadPoolExecutor(9) as clients:
+            asked = [*ask_once_due(base, good, 1), *ask_once_due(base, good, 8)]
+        answers = [each.result() for each in asked]
+    assert [each.status_code for each in answers] == [404] * 9
+    # The first reading fails after the 2 s of DB_LOCK_TIMEOUT, and a second one.
+    assert max(each.elapsed.total_seconds() for each in answers) < 5
 
 
 # --- The command line ---

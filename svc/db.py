@@ -30,6 +30,7 @@ CALM = 1  # seconds without an error after which an outage is over: some stateme
 _settings: Settings
 _pool: ThreadedConnectionPool
 _executor: ThreadPoolExecutor
+_urgent: ThreadPoolExecutor
 _pages: asyncio.Semaphore
 _pending = 0  # statements that run or wait
 _last_outage: float | None = None  # when the database was last found away; None while all is well
@@ -41,11 +42,12 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
 
     A database that is away does not stop the start: one line in the log says so, and each statement tries again.
     """
-    global _settings, _pool, _executor, _pages
+    global _settings, _pool, _executor, _urgent, _pages
     _settings, limit = settings, settings.db_max_connections
     _pool = ThreadedConnectionPool(0, limit, cursor_factory=RealDictCursor, **_parameters(settings))
     _pool.minconn = limit  # how many it keeps when they come back
     _executor = ThreadPoolExecutor(limit, thread_name_prefix="db")
+    _urgent = ThreadPoolExecutor(1)  # while all are busy, its connection is one more than the pool keeps
     _pages = asyncio.Semaphore(max(1, limit // 2))
     with suppress(psycopg2.Error):  # fetch() has logged it
         # It takes so long that each needs a connection of its own.
@@ -54,7 +56,8 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        _executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (_executor, _urgent):
+            executor.shutdown(wait=False, cancel_futures=True)
         renew()
 
 
@@ -69,19 +72,22 @@ def _parameters(settings: Settings) -> dict[str, Any]:
     return {"application_name": "config-service", "keepalives_idle": 30, **given, "client_encoding": "UTF8"}
 
 
-async def fetch(name: str, statement: str, params: Mapping[str, Any], within: float | None = None) -> list[Row]:
+async def fetch(
+    name: str, statement: str, params: Mapping[str, Any], within: float | None = None, urgent: bool = False
+) -> list[Row]:
     """The rows of one statement, which is a transaction of its own. `name` is what the log calls it.
 
     Raises psycopg2.OperationalError at once if the queue is full, and after `within` seconds (DB_DEADLINE unless told
     otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is cut off.
+    What is urgent waits in no queue.
     """
     global _pending
     job = asyncio.get_running_loop().create_future()
     _pending += 1
     try:
-        if _pending > _settings.db_queue_limit:
+        if _pending > _settings.db_queue_limit and not urgent:
             raise psycopg2.OperationalError("the queue for the database is full")
-        _executor.submit(_run, job, name, statement, params)
+        (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
         async with asyncio.timeout(_settings.db_deadline if within is None else within):
             rows = await job
         _log_outage(None)

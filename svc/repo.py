@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from psycopg2 import OperationalError
-from psycopg2.errors import UndefinedTable, UniqueViolation
+from psycopg2.errors import ForeignKeyViolation, UndefinedTable, UniqueViolation
 from psycopg2.extensions import register_adapter
 from psycopg2.extras import Json
 from pydantic import BaseModel
@@ -426,7 +426,7 @@ async def _write_or_create(
     for attempt in range(1, TRIES + 1):
         try:
             row = await write()
-        except UniqueViolation:  # it was created meanwhile, or its name is another's
+        except (UniqueViolation, ForeignKeyViolation):  # created, or its application deleted, meanwhile
             if attempt == TRIES:
                 raise
             continue
