@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 from argparse import ArgumentParser
 from functools import partial
@@ -115,6 +116,8 @@ async def _read_since(time: float) -> None:
 
 def new(name: str, role: str, application: str | None, expires: int | None) -> None:
     """Make a token, and print it: it cannot be shown again"""
+    if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name):
+        raise SystemExit("the name of a token has 1 to 64 letters, digits, or . _ @ -")
     token = f"cfs_{secrets.token_urlsafe(32)}"
     hash = sha256(token.encode()).hexdigest()
     with migrations.connect() as cursor:
@@ -153,7 +156,7 @@ def revoke(name: str) -> None:
     with migrations.connect() as cursor:
         cursor.execute("DELETE FROM tokens WHERE name = %(name)s", {"name": name})
         if not cursor.rowcount:
-            raise SystemExit(f"there is no token {name}")
+            raise SystemExit("there is no token with this name")
 
 
 def main() -> None:
@@ -169,7 +172,7 @@ def main() -> None:
     command = commands.choices["new"]
     command.add_argument("--role", choices=["read", "write"], required=True)
     command.add_argument("--application", metavar="NAME", help="only the configurations of this application, by name")
-    command.add_argument("--expires", type=int, metavar="DAYS")
+    command.add_argument("--expires", type=int, metavar="DAYS", choices=range(1, 36_501))
     given = vars(parser.parse_args())
     given.pop("function")(**given)
 
