@@ -98,21 +98,25 @@ def _is_stopping() -> bool:
 
 
 async def _keep_looking() -> None:
-    available, pause = True, LOOK_EVERY
+    available, before = True, 0.0
     while True:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await _changed.wait()
-                await asyncio.sleep(DEBOUNCE)
-        _changed.clear()
         began = monotonic()
         try:
             await _look()
-            available, pause = True, max(LOOK_EVERY, (monotonic() - began) / SHARE)
+            available = True
         except Exception as error:
             if available:
                 log.warning("changes cannot be seen: %s", one_line(error))
-            available, pause = False, LOOK_EVERY  # how long it took to fail says nothing of what a look costs
+            available, began = False, monotonic()  # how long it took to fail says nothing of what a look costs
+        spent = monotonic() - began
+        rest = min(spent, before) / SHARE  # of two, as a look is slow at times for reasons of others
+        before = spent
+        await asyncio.sleep(rest)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_EVERY - rest - spent):
+                await _changed.wait()
+                await asyncio.sleep(DEBOUNCE)
+        _changed.clear()
 
 
 async def _look() -> None:
