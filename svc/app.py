@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 from svc import auth, db, errors, index, metrics, migrations, models, repo, settings, watch
 from svc.errors import problems
 from svc.middleware import Route, middleware
-from svc.responses import created, deleted, document, read_or_wait, stream_list, written
+from svc.responses import created, deleted, document, json_response, read_or_wait, stream_list, written
 
 MERGE_PATCH = "application/merge-patch+json"
 
@@ -234,7 +234,7 @@ async def read_version(id: PathId, version: Version) -> Response:
     row = await repo.read_version(id, version)
     if row is None:
         raise HTTPException(404, "There is no such version of a configuration with this id.")
-    return Response(row["json"], media_type="application/json")
+    return json_response(row["json"])
 
 
 @versions.post("/{version}/restore", response_model=models.Configuration, responses=WRITE)
@@ -248,7 +248,7 @@ async def restore_version(id: PathId, version: Version, when: When) -> Response:
 
 @changes.get("", response_model=list[models.ChangeEntry], responses=LIST)
 async def list_changes(request: Request, wanted: Annotated[models.ChangeFilter, Query()]) -> Response:
-    """Who changed what, newest first, without the documents."""
+    """Who changed what, newest first, without the documents. A write that was slow may appear below newer ones."""
     return await stream_list(request, repo.list_changes(wanted), wanted)
 
 

@@ -423,16 +423,22 @@ def test_head_of_a_list_reads_its_first_page_alone(client, url, caplog):
             assert sum("list_configurations took" in message for message in caplog.messages) == pages
 
 
-def test_a_list_whose_reader_does_not_read_breaks_off_in_one_line_of_the_log(url, impatient):
+@pytest.mark.parametrize("path", [f"{CONFIGURATIONS}?application_id={{application}}", f"{CONFIGURATIONS}/{{large}}"])
+def test_an_answer_that_is_not_read_breaks_off_in_one_line_of_the_log(url, impatient, path):
     base, log = impatient
-    with documents(url, 9) as [application, *_], connect(base) as connection:
-        connection.sendall(request("GET", f"{CONFIGURATIONS}?application_id={application}"))
-        until(lambda: "broke off" in log.read_text())
+    with documents(url, 9) as [application, large, *_], connect(base) as connection:
+        run_sql(
+            url, "UPDATE configurations SET config = jsonb_build_object('a', repeat('x', 8300000)) WHERE id = %s", large
+        )
+        path = path.format(application=application, large=large)
+        connection.sendall(request("GET", path))
+        place = f"GET {path.partition('?')[0]} broke off"
+        until(lambda: place in log.read_text())
         answer = HTTPResponse(connection)
         answer.begin()
         with pytest.raises((IncompleteRead, ConnectionResetError)):
             answer.read()
-    assert log.read_text().count(f"GET {CONFIGURATIONS} broke off: the client does not read\n") == 1
+    assert log.read_text().count(f"{place}: the client does not read\n") == 1
 
 
 @pytest.mark.slow

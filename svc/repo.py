@@ -164,7 +164,7 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
         WHERE this.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE)
           AND {CONDITIONS}
           AND (%(cascade)s OR cardinality({IDS_NOW}) = 0)
-        RETURNING {ETAG} AS etag, NULL AS json
+        RETURNING {ETAG} AS etag, '' AS json
     """
     params = {"id": id, "cascade": cascade, **dict(when)}
     return await _write("delete_application", statement, params, read_application, id)
@@ -274,7 +274,7 @@ async def delete_configuration(key: Key, when: Conditions) -> Row | None:
     statement = f"""
         DELETE FROM configurations AS this USING {ACTOR}
         WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION}
-        RETURNING {ETAG} AS etag, NULL AS json
+        RETURNING {ETAG} AS etag, '' AS json
     """
     params = {**_key_params(key), **dict(when)}
     return await _write("delete_configuration", statement, params, read_configuration, key)

@@ -1,7 +1,7 @@
 """Conditional requests (RFC 9110), and how a row becomes an answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -14,7 +14,7 @@ from svc.errors import RETRY_AFTER, invalid
 from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
 from svc.repo import conditions_hold, etag_matches
 
-# Characters of a list that are sent at once: less than that is in memory for a client that does not read.
+# How much is sent at once, and so how much the server holds for a client that does not read.
 CHUNK = 64 * 1024
 # Lists that are under way at a time in this process, each with a page in memory. Others wait for their turn.
 _lists = asyncio.Semaphore(32)
@@ -43,7 +43,21 @@ def document(row: Row | None, if_none_match: Iterable[str] = ()) -> Response:
     headers = {"ETag": row["etag"]}
     if if_none_match and etag_matches(row, if_none_match):
         return Response(None, 304, headers)
-    return Response(row["json"], 200, headers, "application/json")
+    return json_response(row["json"], 200, headers)
+
+
+def json_response(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """What is long is sent in chunks, so that a client who does not read is cut off."""
+    body = text.encode()
+    if len(body) <= CHUNK:
+        return Response(body, status, headers, "application/json")
+    headers = {**(headers or {}), "Content-Length": str(len(body))}
+    return StreamingResponse(_in_chunks(body), status, headers, "application/json")
+
+
+async def _in_chunks[T: (str, bytes)](text: T) -> AsyncIterator[T]:
+    for start in range(0, len(text), CHUNK):
+        yield text[start : start + CHUNK]
 
 
 def _what_is_missing(row: Row | None) -> str:
@@ -58,14 +72,14 @@ def created(request: Request, row: Row) -> Response:
     """201. What was sent to its own path is there, anything else below it under its id."""
     path = request.scope["path"]
     headers = {"ETag": row["etag"], "Location": path if request.method == "PUT" else f"{path}/{row['id']}"}
-    return Response(row["json"], 201, headers, "application/json")
+    return json_response(row["json"], 201, headers)
 
 
 def written(row: Row | None, when: Conditions) -> Response:
     """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
     if row is not None and not row["written"] and row["etag"]:
-        if conditions_hold(row, when) and not when.if_none_match:
-            raise HTTPException(404, "It was deleted meanwhile, and another was created: read it, and decide again.")
+        if conditions_hold(row, when):  # when the statement looked, there was another, which is deleted now
+            raise HTTPException(503, "Others wrote it at the same time: try again.", RETRY_AFTER)
         raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
     response = document(row)
     watch.changed()
@@ -112,9 +126,8 @@ async def _array(pages: AsyncIterator[Row], head: bool) -> AsyncIterator[Any]:
         yield page
         text = "[" + page["json"]
         while not head and (page := await anext(pages, None)):
-            for start in range(0, len(text), CHUNK):
-                yield text[start : start + CHUNK]
+            async for chunk in _in_chunks(text):
+                yield chunk
             text = "," + page["json"]
-        text += "]"
-        for start in range(0, len(text), CHUNK):
-            yield text[start : start + CHUNK]
+        async for chunk in _in_chunks(text + "]"):
+            yield chunk
