@@ -21,7 +21,7 @@ def test_the_first_session_of_the_readme_answers_what_is_printed_there(new_datab
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", session, re.DOTALL | re.MULTILINE)
     commands = [code for language, code in blocks if language == "sh"]
     printed = [code for language, code in blocks if language != "sh"]
-    assert len(commands) >= 3
+    assert len(commands) == len(printed) == 2
     with new_database() as url, service(url) as (_, base):
         script = re.sub(r"(http://)?localhost:8000", base, "\necho; echo ----\n".join(commands))
         shell = ["bash", "-euo", "pipefail", "-c", script]
