@@ -1,5 +1,6 @@
 """The HTTP API: its routes, how they are opened and closed, and `python -m svc.app`, which serves them."""
 
+import gc
 import logging
 import resource
 import signal
@@ -29,10 +30,7 @@ OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["b
 PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
 When = Annotated[models.Conditions, Header()]
-IfNoneMatch = Annotated[
-    models.WeakETags,
-    Header(default_factory=list, description="Answer 304 if one of these is the current ETag, or *."),
-]
+IfNoneMatch = Annotated[models.WeakETags, Header(description="Answer 304 if one of these is the current ETag, or *.")]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
 Wait = Annotated[
     float | None,
@@ -80,6 +78,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     async with db.opened(config), watch.opened():
+        gc.freeze()  # what is loaded by now stays: to look through it again would stop the process for 15 ms
         yield
 
 
@@ -107,7 +106,7 @@ async def list_applications(request: Request, wanted: Annotated[models.Applicati
 
 
 @applications.get("/{id}", response_model=models.Application, responses=READ)
-async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch) -> Response:
+async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch = ()) -> Response:
     """One application, with the ids of its configurations."""
     return document(await repo.read_application(id), if_none_match)
 
@@ -143,7 +142,9 @@ async def list_configurations(request: Request, wanted: Annotated[models.Configu
 
 
 @configurations.get("/{id}", response_model=models.Configuration, responses=READ)
-async def read_configuration(request: Request, id: PathId, if_none_match: IfNoneMatch, wait: Wait = None) -> Response:
+async def read_configuration(
+    request: Request, id: PathId, if_none_match: IfNoneMatch = (), wait: Wait = None
+) -> Response:
     """One configuration."""
     return document(await read_or_wait(request, id, if_none_match, wait), if_none_match)
 
@@ -184,7 +185,7 @@ async def list_configurations_by_name(
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
 async def read_configuration_by_name(
-    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch, wait: Wait = None
+    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
 ) -> Response:
     """One configuration by the names of its application and its own."""
     return document(await read_or_wait(request, (application_name, name), if_none_match, wait), if_none_match)
@@ -321,6 +322,10 @@ openapi = app.openapi()
 openapi["components"]["schemas"] |= errors.schemas()
 openapi["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
 openapi["security"] = [{"token": []}]
+for described in (each for methods in openapi["paths"].values() for each in methods.values()):
+    for parameter in described.get("parameters", []):
+        if parameter["in"] == "header":
+            del parameter["schema"]["default"]  # an empty list, where the document says that it is text
 for path in auth.OPEN & openapi["paths"].keys():
     read = openapi["paths"][path]["get"]
     read["security"] = []

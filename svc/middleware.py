@@ -114,8 +114,9 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
 
 
 def _asks_for_upgrade(scope: Scope) -> bool:
-    lines = [value.lower() for name, value in scope["headers"] if name == b"connection"]
-    return b"upgrade" in dict(scope["headers"]) and b"upgrade" in b",".join(lines)
+    return b"upgrade" in dict(scope["headers"]) and any(
+        name == b"connection" and b"upgrade" in value.lower() for name, value in scope["headers"]
+    )
 
 
 class _JSONRequest(Request):

@@ -217,10 +217,8 @@ class ChangeFilter(_Strict):
 
 
 class Conditions(BaseModel):
-    if_match: ETags = Field(default_factory=list, description="Write only if one of these is the current ETag, or *.")
-    if_none_match: WeakETags = Field(
-        default_factory=list, description="Do not write if one of these is the current ETag, or *."
-    )
+    if_match: ETags = Field([], description="Write only if one of these is the current ETag, or *.")
+    if_none_match: WeakETags = Field([], description="Do not write if one of these is the current ETag, or *.")
 
 
 # --- Answers ---

@@ -53,48 +53,31 @@ def _application_json(ids: str) -> str:
 
 
 def _row(json: str) -> str:
-    return f"this.id, {ETAG} AS etag, {json} AS json"
+    return f"this.id, this.etag, {json} AS json"
 
 
-# It holds the time as well: in a database that went back in time the numbers of versions repeat.
-ETAG = """
-    '"' || this.id || '.' || this.version || '.' || (extract(epoch FROM this.updated_at) * 1000000)::bigint || '"'
-"""
 TIMES = "this.version, this.created_at, this.updated_at"
 IDS = "ARRAY(SELECT c.id FROM configurations AS c WHERE c.application_id = this.id ORDER BY c.id)"
 # For a write: the ids as they are once it holds the application's row, not as they were when the statement began.
 IDS_NOW = "configuration_ids_now(this.id)"
 APPLICATION = _row(_application_json(IDS))
-CONFIGURATION_JSON = _json(f"this.id, this.application_id, this.name, this.comments, this.config, {TIMES}")
+# Of a row with a type of its own: a sub-select takes longer.
+CONFIGURATION_JSON = f"""
+    row_to_json(
+        ROW(this.id, this.application_id, this.name, this.comments, this.config, {TIMES})::shown_configuration
+    )::text
+"""
 CONFIGURATION = _row(CONFIGURATION_JSON)
 CHANGE = """
     this.configuration_id, this.application_id, this.name, this.version, this.operation, this.actor, this.recorded_at
 """
 VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
 # If-Match and If-None-Match (RFC 9110, section 13.1).
-CONDITIONS = f"""
-    (%(if_match)s = '{{}}' OR %(if_match)s && ARRAY['*', {ETAG}]) AND NOT %(if_none_match)s && ARRAY['*', {ETAG}]
+CONDITIONS = """
+    (%(if_match)s = '{}' OR %(if_match)s && ARRAY['*', this.etag]) AND NOT %(if_none_match)s && ARRAY['*', this.etag]
 """
 # In the FROM of a statement that writes configurations, for the trigger that records their versions.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) AS actor"
-# The id of a configuration. Its parameters are those of _key_params().
-ID = """
-    coalesce(%(id)s, (
-        SELECT c.id
-        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
-        WHERE a.name = %(application_name)s AND c.name = %(own_name)s
-    ))
-"""
-# Locks its application before a configuration that goes or may get another's name. The deletion of the application
-# locks it first too: none of them then has what another waits for.
-IN_ITS_APPLICATION = f"""
-    this.application_id = (
-        SELECT a.id
-        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
-        WHERE c.id = {ID}
-        FOR NO KEY UPDATE OF a
-    )
-"""
 
 
 def etag_matches(row: Row | None, etags: Iterable[str]) -> bool:
@@ -164,7 +147,7 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
         WHERE this.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE)
           AND {CONDITIONS}
           AND (%(cascade)s OR cardinality({IDS_NOW}) = 0)
-        RETURNING {ETAG} AS etag, '' AS json
+        RETURNING this.etag, '' AS json
     """
     params = {"id": id, "cascade": cascade, **dict(when)}
     return await _write("delete_application", statement, params, read_application, id)
@@ -238,6 +221,7 @@ async def update_configuration(
     key: Key, changes: models.ConfigurationUpdate, when: Conditions, merge: bool = False
 ) -> Row | None:
     """Replace the fields that are present. With `merge`, merge the config into what is stored (RFC 7396)."""
+    id, params = _find(key)
     config = "merge_patch(this.config, %(config)s)" if merge else "%(config)s"
     statement = f"""
         UPDATE configurations AS this
@@ -245,50 +229,51 @@ async def update_configuration(
             comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
             config = coalesce({config}, this.config)
         FROM {ACTOR}
-        WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION if changes.name else "true"}
+        WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id) if changes.name else "true"}
         RETURNING {CONFIGURATION}
     """
-    params = {**_key_params(key), **_given(changes), **dict(when)}
+    params |= {**_given(changes), **dict(when)}
     return await _write("update_configuration", statement, params, read_configuration, key)
 
 
 async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, when: Conditions) -> Row | None:
     """Replace the fields that are present, or create the configuration: `created` tells which."""
+    id, params = _find(key)
     update = f"""
         UPDATE configurations AS this
         SET comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
             config = coalesce(%(config)s, this.config)
         FROM {ACTOR}
-        WHERE this.id = {ID} AND {CONDITIONS}
+        WHERE this.id = {id} AND {CONDITIONS}
     """
     source = f"""
         SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s
         FROM applications AS a, {ACTOR}
-        WHERE a.name = %(application_name)s AND {ID} IS NULL
+        WHERE a.name = %(application_name)s AND {id} IS NULL
     """
-    params = {"new_id": str(ULID()), **_key_params(key), **_given(new)}
+    params |= {"new_id": str(ULID()), **_given(new)}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
 async def delete_configuration(key: Key, when: Conditions) -> Row | None:
+    id, params = _find(key)
     statement = f"""
         DELETE FROM configurations AS this USING {ACTOR}
-        WHERE this.id = {ID} AND {CONDITIONS} AND {IN_ITS_APPLICATION}
-        RETURNING {ETAG} AS etag, '' AS json
+        WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id)}
+        RETURNING this.etag, '' AS json
     """
-    params = {**_key_params(key), **dict(when)}
-    return await _write("delete_configuration", statement, params, read_configuration, key)
+    return await _write("delete_configuration", statement, params | dict(when), read_configuration, key)
 
 
 async def read_etags(keys: Collection[Key]) -> dict[Key, str]:
     """The ETags of configurations. Those that do not exist are not among them."""
     statement = f"""
-        SELECT this.id, {ETAG} AS etag, NULL AS application_name, NULL AS name
+        SELECT this.id, this.etag, NULL AS application_name, NULL AS name
         FROM configurations AS this
         WHERE this.id = ANY(%(ids)s::text[])
         UNION ALL
         SELECT c.id, c.etag, key.application_name, key.name
-        {_from_names(f"this.id, {ETAG} AS etag")}
+        {_from_names("this.id, this.etag")}
         WHERE c.id IS NOT NULL
     """
     ids = [key for key in keys if isinstance(key, str)]
@@ -336,7 +321,7 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
         SET name = v.name, comments = v.comments, config = v.config
         FROM configuration_versions AS v, {ACTOR}
         WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
-          AND this.id = %(id)s AND {CONDITIONS} AND {IN_ITS_APPLICATION}
+          AND this.id = %(id)s AND {CONDITIONS} AND {_in_its_application("%(id)s")}
     """
     source = f"""
         SELECT %(id)s, v.application_id, v.name, v.comments, v.config
@@ -345,7 +330,7 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
           AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
-    params = {**_key_params(id), "version": version}
+    params = {"id": id, "version": version}
     return await _write_or_create("restore_version", update, source, params, when, id)
 
 
@@ -386,10 +371,31 @@ async def read_state() -> Row:
 # --- What they share ---
 
 
-def _key_params(key: Key) -> dict[str, str | None]:
-    """The parameters of ID."""
-    id, names = (key, (None, None)) if isinstance(key, str) else (None, key)
-    return {"id": id, "application_name": names[0], "own_name": names[1]}
+def _find(key: Key) -> tuple[str, dict[str, Any]]:
+    """The SQL of a configuration's id, and its parameters."""
+    if isinstance(key, str):
+        return "%(id)s", {"id": key}
+    id = """(
+        SELECT c.id
+        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
+        WHERE a.name = %(application_name)s AND c.name = %(own_name)s
+    )"""
+    return id, {"application_name": key[0], "own_name": key[1]}
+
+
+def _in_its_application(id: str) -> str:
+    """Lock its application before a configuration that goes or may get another's name.
+
+    The deletion of the application locks it first too: none of them then has what another waits for.
+    """
+    return f"""
+        this.application_id = (
+            SELECT a.id
+            FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
+            WHERE c.id = {id}
+            FOR NO KEY UPDATE OF a
+        )
+    """
 
 
 def _given(changes: BaseModel) -> dict[str, Any]:

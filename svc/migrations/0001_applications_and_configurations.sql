@@ -5,6 +5,7 @@ CREATE TABLE applications (
     version    integer NOT NULL,
     created_at timestamptz NOT NULL,
     updated_at timestamptz NOT NULL,
+    etag       text COLLATE "C" NOT NULL,
     CONSTRAINT applications_name_key UNIQUE (name),
     CONSTRAINT applications_id_check CHECK (id ~ '^[0-7][0-9A-HJKMNP-TV-Z]{25}$'),
     CONSTRAINT applications_name_check CHECK (name ~ '\S')
@@ -20,6 +21,7 @@ CREATE TABLE configurations (
     version        integer NOT NULL,
     created_at     timestamptz NOT NULL,
     updated_at     timestamptz NOT NULL,
+    etag           text COLLATE "C" NOT NULL,
     CONSTRAINT configurations_application_id_fkey
         FOREIGN KEY (application_id) REFERENCES applications (id) ON DELETE CASCADE,
     CONSTRAINT configurations_application_id_name_key UNIQUE (application_id, name),
@@ -27,6 +29,18 @@ CREATE TABLE configurations (
     CONSTRAINT configurations_name_check CHECK (name ~ '\S'),
     CONSTRAINT configurations_config_check CHECK (jsonb_typeof(config) = 'object'),
     CONSTRAINT configurations_size_check CHECK (size <= 8388608)
+);
+
+-- What GET shows of a configuration.
+CREATE TYPE shown_configuration AS (
+    id             text,
+    application_id text,
+    name           varchar,
+    comments       varchar,
+    config         jsonb,
+    version        integer,
+    created_at     timestamptz,
+    updated_at     timestamptz
 );
 
 CREATE INDEX configurations_config_idx ON configurations USING gin (config jsonb_path_ops);
@@ -55,27 +69,32 @@ CREATE TABLE configuration_versions (
 
 CREATE INDEX configuration_versions_application_id_idx ON configuration_versions (application_id, position);
 
--- What a writer says of versions, sizes and times does not count: they follow from what happens to the row.
+-- What a writer says of versions, sizes, times and ETags does not count: they follow from what happens to the row.
 -- Functions resolve names in the schema of this migration, whatever the search_path of the caller is.
+
+-- It holds the time as well: in a database that went back in time the numbers of versions repeat.
+CREATE FUNCTION make_etag(id text, version integer, updated_at timestamptz) RETURNS text
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+    SELECT format('"%s.%s.%s"', id, version, (extract(epoch FROM updated_at) * 1000000)::bigint)
+$$;
+
 CREATE FUNCTION keep_application() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         NEW.version := 1;
         NEW.created_at := clock_timestamp();
         NEW.updated_at := NEW.created_at;
-        RETURN NEW;
-    END IF;
-    IF NEW.id <> OLD.id THEN
+    ELSIF NEW.id <> OLD.id THEN
         RAISE 'the id of an application cannot be changed' USING ERRCODE = 'restrict_violation';
-    END IF;
-    NEW.version := OLD.version;
-    NEW.created_at := OLD.created_at;
-    NEW.updated_at := OLD.updated_at;
     -- A trigger within a trigger: a configuration was added or removed.
-    IF pg_trigger_depth() > 1 OR (NEW.name, NEW.comments) IS DISTINCT FROM (OLD.name, OLD.comments) THEN
+    ELSIF pg_trigger_depth() > 1 OR (NEW.name, NEW.comments) IS DISTINCT FROM (OLD.name, OLD.comments) THEN
         NEW.version := OLD.version + 1;
+        NEW.created_at := OLD.created_at;
         NEW.updated_at := clock_timestamp();
+    ELSE
+        RETURN OLD;
     END IF;
+    NEW.etag := make_etag(NEW.id, NEW.version, NEW.updated_at);
     RETURN NEW;
 END
 $$;
@@ -84,7 +103,6 @@ CREATE FUNCTION keep_configuration() RETURNS trigger LANGUAGE plpgsql SET search
 DECLARE
     document text := NEW.config::text;
 BEGIN
-    NEW.size := octet_length(document);
     IF TG_OP = 'INSERT' THEN
         -- The numbers of one that was deleted and comes back go on.
         NEW.version := 1 + coalesce(
@@ -92,19 +110,18 @@ BEGIN
         );
         NEW.created_at := clock_timestamp();
         NEW.updated_at := NEW.created_at;
-        RETURN NEW;
-    END IF;
-    IF (NEW.id, NEW.application_id) IS DISTINCT FROM (OLD.id, OLD.application_id) THEN
+    ELSIF (NEW.id, NEW.application_id) IS DISTINCT FROM (OLD.id, OLD.application_id) THEN
         RAISE 'the ids of a configuration cannot be changed' USING ERRCODE = 'restrict_violation';
-    END IF;
-    NEW.version := OLD.version;
-    NEW.created_at := OLD.created_at;
-    NEW.updated_at := OLD.updated_at;
     -- As text, because jsonb takes 1 and 1.0 for equal, and GET shows them as they are.
-    IF (NEW.name, NEW.comments, document) IS DISTINCT FROM (OLD.name, OLD.comments, OLD.config::text) THEN
+    ELSIF (NEW.name, NEW.comments, document) IS DISTINCT FROM (OLD.name, OLD.comments, OLD.config::text) THEN
         NEW.version := OLD.version + 1;
+        NEW.created_at := OLD.created_at;
         NEW.updated_at := clock_timestamp();
+    ELSE
+        RETURN OLD;
     END IF;
+    NEW.size := octet_length(document);
+    NEW.etag := make_etag(NEW.id, NEW.version, NEW.updated_at);
     RETURN NEW;
 END
 $$;
