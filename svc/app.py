@@ -26,7 +26,7 @@ MERGE_PATCH = "application/merge-patch+json"
 
 PathId = Annotated[str, Path(pattern=models.ULID_PATTERN, description="A ULID.")]  # python-ulid would take 9 µs
 Decoded = Annotated[models.Name, BeforeValidator(lambda sent: unquote(sent, errors="strict"))]
-OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["billing"])]
+OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["shop"])]
 PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
 When = Annotated[models.Conditions, Header()]

@@ -132,7 +132,8 @@ def new(name: str, role: str, application: str | None, expires: int | None) -> N
             {"name": name, "hash": hash, "role": role, "application": application, "expires": expires},
         )
         if not cursor.rowcount:
-            raise SystemExit(f"no token was made: {name} exists already, or there is no application {application}")
+            reason = f"{name} exists already" + (f", or there is no application {application}" if application else "")
+            raise SystemExit(f"no token was made: {reason}")
     print(token)
 
 

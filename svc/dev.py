@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,11 @@ def main() -> None:
     if sys.argv[1:]:
         raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
+    try:
+        # Two of them would share a PostgreSQL, and the first to end would stop it.
+        socket.create_server((config.host, config.port)).close()
+    except OSError as error:
+        raise SystemExit(f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT") from None
     with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:
         migrations.up(url)
         [server] = execute(url, "SELECT version()")

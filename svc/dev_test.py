@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,15 +102,18 @@ def test_dev_serves_on_a_database_of_the_developers_and_again_when_the_source_ch
 
 def test_what_is_wrong_is_one_line_and_starts_no_postgresql(tree, url):
     nowhere = make_dsn(url, dbname="nowhere", password=SECRET)
-    refusals = {
-        "svc.dev takes no arguments": command(tree, "--port=1"),
-        "connection to server": command(tree, database_url=nowhere),
-    }
-    for beginning, arguments in refusals.items():
-        refused = subprocess.run(**arguments, timeout=30)
-        assert refused.stderr.startswith(beginning)
-        assert SECRET not in refused.stderr
-        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refusals = {
+            "svc.dev takes no arguments": command(tree, "--port=1"),
+            f"cannot listen on 127.0.0.1:{port}: Address already in use": command(tree, port=port),
+            "connection to server": command(tree, database_url=nowhere),
+        }
+        for beginning, arguments in refusals.items():
+            refused = subprocess.run(**arguments, timeout=30)
+            assert refused.stderr.startswith(beginning)
+            assert SECRET not in refused.stderr
+            assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert not (tree / "svc/.postgres").exists()
 
 

@@ -159,7 +159,7 @@ def _examples(*bodies: dict[str, Any]) -> dict[str, Any]:
     return {"examples": list(bodies)}
 
 
-class ApplicationCreate(_Strict, json_schema_extra=_examples({"name": "billing"})):
+class ApplicationCreate(_Strict, json_schema_extra=_examples({"name": "shop"})):
     name: Name
     comments: Comments | None = None
 
@@ -233,7 +233,7 @@ class _Versioned(_Strict):
 
 class Application(_Versioned):
     id: Id
-    name: Name = Field(examples=["billing"])
+    name: Name = Field(examples=["shop"])
     configuration_ids: list[Id]
 
 
