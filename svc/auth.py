@@ -100,7 +100,7 @@ async def _read_since(time: float) -> None:
             return
         await asyncio.sleep(_next_read - monotonic())
         _read_at = monotonic()
-        _next_read = max(_next_read + READ_EVERY, _read_at - READ_EVERY)
+        _next_read = max(_next_read + READ_EVERY, _read_at)
         _refused.clear()
         try:
             tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, urgent=True)}
