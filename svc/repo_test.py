@@ -1,7 +1,6 @@
 """What the statements read, what they wait for, and the rules that the schema keeps, whoever writes."""
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,32 +183,6 @@ def test_versions_and_times_follow_from_changes_whatever_a_writer_says(url, tabl
         assert changed[:3] == (version + 1, True, new[2])
         assert changed[3] > new[3]
         assert update("comments = 'said'") == changed
-
-
-@pytest.mark.parametrize(
-    ("target", "patch", "merged"),
-    [
-        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
-        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
-        ({"a": "b"}, {"a": None}, {}),
-        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
-        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
-        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
-        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
-        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
-        (["a", "b"], ["c", "d"], ["c", "d"]),
-        ({"a": "b"}, ["c"], ["c"]),
-        ({"a": "foo"}, None, None),
-        ({"a": "foo"}, "bar", "bar"),
-        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
-        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
-        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
-    ],
-)
-def test_a_patch_is_merged_as_in_the_appendix_of_rfc_7396(sql, target, patch, merged):
-    statement = "SELECT merge_patch(%s::jsonb, %s::jsonb)::text AS merged"
-    [row] = sql(statement, json.dumps(target), json.dumps(patch))
-    assert json.loads(row["merged"]) == merged
 
 
 # --- Writers that wait for each other ---
