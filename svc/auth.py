@@ -1,7 +1,6 @@
 """Who asks and what they may: bearer tokens (RFC 6750), and `python -m svc.auth`, which makes and revokes them."""
 
 import asyncio
-import logging
 import re
 import secrets
 from argparse import ArgumentParser
@@ -15,8 +14,6 @@ from fastapi import HTTPException
 from starlette.types import Scope
 
 from svc import db, migrations, repo, settings
-
-log = logging.getLogger(__name__)
 
 # Everything else needs a token.
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/health/live"}
