@@ -12,14 +12,13 @@ from urllib.parse import unquote
 
 import psycopg2
 import uvicorn
-from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Path, Query, Request
-from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Path, Query
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
 from svc import auth, db, errors, index, metrics, migrations, models, repo, settings, watch
 from svc.errors import problems
-from svc.middleware import Route, middleware
+from svc.middleware import Request, Route, middleware
 from svc.responses import created, deleted, document, json_response, read_or_wait, stream_list, written
 
 MERGE_PATCH = "application/merge-patch+json"
@@ -29,8 +28,6 @@ Decoded = Annotated[models.Name, BeforeValidator(lambda sent: unquote(sent, erro
 OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["shop"])]
 PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
-When = Annotated[models.Conditions, Header()]
-IfNoneMatch = Annotated[models.WeakETags, Header(description="Answer 304 if one of these is the current ETag, or *.")]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
 Wait = Annotated[
     float | None,
@@ -46,6 +43,17 @@ NO_VERSION = (
 # What the routes answer with, for OpenAPI.
 LINK = {"Link": {"schema": {"type": "string"}, "description": 'rel="next", while there is more'}}
 LOCATION = {"Location": {"schema": {"type": "string"}, "description": "Where it can be read"}}
+
+
+def header(name: str, meaning: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": meaning, "schema": {"type": "string"}}
+
+
+IF_NONE_MATCH = [header("If-None-Match", "Answer 304 if one of these is the current ETag, or *.")]
+CONDITIONS = [
+    header("If-Match", "Write only if one of these is the current ETag, or *."),
+    header("If-None-Match", "Do not write if one of these is the current ETag, or *."),
+]
 ETAG = {"ETag": {"schema": {"type": "string"}, "description": "Strong. It differs for every state ever stored."}}
 LIST = {200: {"headers": LINK}}
 READ = {200: {"headers": ETAG}, 304: {"headers": ETAG, "description": "Not Modified"}} | problems(404)
@@ -106,24 +114,24 @@ async def list_applications(request: Request, wanted: Annotated[models.Applicati
 
 
 @applications.get("/{id}", response_model=models.Application, responses=READ)
-async def read_application(request: Request, id: PathId, if_none_match: IfNoneMatch = ()) -> Response:
+async def read_application(request: Request, id: PathId) -> Response:
     """One application, with the ids of its configurations."""
-    return document(await repo.read_application(id), if_none_match)
+    return document(await repo.read_application(id), request.when.if_none_match)
 
 
 @applications.put("/{id}", response_model=models.Application, responses=UPDATE)
-async def update_application(id: PathId, when: When, changes: models.ApplicationUpdate) -> Response:
+async def update_application(request: Request, id: PathId, changes: models.ApplicationUpdate) -> Response:
     """Change the fields that are present, and keep the others."""
-    return written(await repo.update_application(id, changes, when), when)
+    return written(await repo.update_application(id, changes, request.when), request.when)
 
 
 @applications.delete("/{id}", status_code=204, responses=DELETE | problems(409))
-async def delete_application(id: PathId, when: When, cascade: Cascade = False) -> Response:
+async def delete_application(request: Request, id: PathId, cascade: Cascade = False) -> Response:
     """Remove an application that has no configurations, or any with `cascade`."""
-    row = await repo.delete_application(id, cascade, when)
-    if row and not row["written"] and repo.conditions_hold(row, when):
+    row = await repo.delete_application(id, cascade, request.when)
+    if row and not row["written"] and repo.conditions_hold(row, request.when):
         raise HTTPException(409, "The application has configurations: delete them, or add ?cascade=true.")
-    return deleted(row, when)
+    return deleted(row, request.when)
 
 
 # --- Configurations ---
@@ -142,29 +150,27 @@ async def list_configurations(request: Request, wanted: Annotated[models.Configu
 
 
 @configurations.get("/{id}", response_model=models.Configuration, responses=READ)
-async def read_configuration(
-    request: Request, id: PathId, if_none_match: IfNoneMatch = (), wait: Wait = None
-) -> Response:
+async def read_configuration(request: Request, id: PathId, wait: Wait = None) -> Response:
     """One configuration."""
-    return document(await read_or_wait(request, id, if_none_match, wait), if_none_match)
+    return document(await read_or_wait(request, id, wait), request.when.if_none_match)
 
 
 @configurations.put("/{id}", response_model=models.Configuration, responses=UPDATE)
-async def update_configuration(id: PathId, when: When, changes: models.ConfigurationUpdate) -> Response:
+async def update_configuration(request: Request, id: PathId, changes: models.ConfigurationUpdate) -> Response:
     """Change the fields that are present, and keep the others. `config` is replaced whole."""
-    return written(await repo.update_configuration(id, changes, when), when)
+    return written(await repo.update_configuration(id, changes, request.when), request.when)
 
 
 @configurations.patch("/{id}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
-async def patch_configuration(id: PathId, when: When, changes: Patch) -> Response:
+async def patch_configuration(request: Request, id: PathId, changes: Patch) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
-    return written(await repo.update_configuration(id, changes, when, merge=True), when)
+    return written(await repo.update_configuration(id, changes, request.when, merge=True), request.when)
 
 
 @configurations.delete("/{id}", status_code=204, responses=DELETE)
-async def delete_configuration(id: PathId, when: When) -> Response:
+async def delete_configuration(request: Request, id: PathId) -> Response:
     """Remove a configuration. Its versions are kept."""
-    return deleted(await repo.delete_configuration(id, when), when)
+    return deleted(await repo.delete_configuration(id, request.when), request.when)
 
 
 # --- Configurations by name, for programs and pipelines, which know names and not ids ---
@@ -185,37 +191,39 @@ async def list_configurations_by_name(
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
 async def read_configuration_by_name(
-    request: Request, application_name: OwnerName, name: PathName, if_none_match: IfNoneMatch = (), wait: Wait = None
+    request: Request, application_name: OwnerName, name: PathName, wait: Wait = None
 ) -> Response:
     """One configuration by the names of its application and its own."""
-    return document(await read_or_wait(request, (application_name, name), if_none_match, wait), if_none_match)
+    return document(await read_or_wait(request, (application_name, name), wait), request.when.if_none_match)
 
 
 @named.put("/{name:path}", response_model=models.Configuration, responses=PUT)
 async def put_configuration(
-    request: Request, application_name: OwnerName, name: PathName, when: When, new: models.ConfigurationPut
+    request: Request, application_name: OwnerName, name: PathName, new: models.ConfigurationPut
 ) -> Response:
     """Replace a configuration, or create it. `If-None-Match: *` creates only."""
-    row = await repo.put_configuration((application_name, name), new, when)
+    row = await repo.put_configuration((application_name, name), new, request.when)
     if row["written"] and row["created"]:
         return created(request, row)
     if not row["etag"] and row["application_id"]:
         raise HTTPException(412, "There is no configuration with this name: leave If-Match out to create it.")
-    return written(row, when)
+    return written(row, request.when)
 
 
 @named.patch("/{name:path}", response_model=models.Configuration, responses=PATCH, dependencies=PATCH_ONLY)
 async def patch_configuration_by_name(
-    application_name: OwnerName, name: PathName, when: When, changes: Patch
+    request: Request, application_name: OwnerName, name: PathName, changes: Patch
 ) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
-    return written(await repo.update_configuration((application_name, name), changes, when, merge=True), when)
+    return written(
+        await repo.update_configuration((application_name, name), changes, request.when, merge=True), request.when
+    )
 
 
 @named.delete("/{name:path}", status_code=204, responses=DELETE)
-async def delete_configuration_by_name(application_name: OwnerName, name: PathName, when: When) -> Response:
+async def delete_configuration_by_name(request: Request, application_name: OwnerName, name: PathName) -> Response:
     """Remove a configuration. Its versions are kept."""
-    return deleted(await repo.delete_configuration((application_name, name), when), when)
+    return deleted(await repo.delete_configuration((application_name, name), request.when), request.when)
 
 
 # --- Versions of configurations ---
@@ -239,12 +247,12 @@ async def read_version(id: PathId, version: Version) -> Response:
 
 
 @versions.post("/{version}/restore", response_model=models.Configuration, responses=WRITE)
-async def restore_version(id: PathId, version: Version, when: When) -> Response:
+async def restore_version(request: Request, id: PathId, version: Version) -> Response:
     """Make the name, the comments and the config of a version the newest again, also of a deleted configuration."""
-    row = await repo.restore_version(id, version, when)
-    if row is None or (not row["written"] and repo.conditions_hold(row, when)):
+    row = await repo.restore_version(id, version, request.when)
+    if row is None or (not row["written"] and repo.conditions_hold(row, request.when)):
         raise HTTPException(404, NO_VERSION)
-    return written(row, when)
+    return written(row, request.when)
 
 
 @changes.get("", response_model=list[models.ChangeEntry], responses=LIST)
@@ -310,12 +318,12 @@ app = FastAPI(
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
     responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
-    exception_handlers={RequestValidationError: errors.respond, StarletteHTTPException: errors.respond},
 )
 for router in (applications, configurations, named, versions, changes):
     app.include_router(router, prefix="/api/v1")
 app.include_router(operation)
-app.add_middleware(middleware)
+# In place of Starlette's own two: this one answers every error.
+app.middleware_stack = middleware(app.router)
 
 # FastAPI serves this document, once it has what FastAPI does not know: the shape of problems, and what needs a token.
 openapi = app.openapi()
@@ -323,9 +331,8 @@ openapi["components"]["schemas"] |= errors.schemas()
 openapi["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
 openapi["security"] = [{"token": []}]
 for described in (each for methods in openapi["paths"].values() for each in methods.values()):
-    for parameter in described.get("parameters", []):
-        if parameter["in"] == "header":
-            del parameter["schema"]["default"]  # an empty list, where the document says that it is text
+    headers = IF_NONE_MATCH * ("304" in described["responses"]) + CONDITIONS * ("412" in described["responses"])
+    described.setdefault("parameters", []).extend(headers)
 for path in auth.OPEN & openapi["paths"].keys():
     read = openapi["paths"][path]["get"]
     read["security"] = []

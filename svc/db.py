@@ -82,14 +82,15 @@ async def fetch(
     What is urgent waits in no queue.
     """
     global _pending
-    job = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    job = loop.create_future()
+    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, TimeoutError())
     _pending += 1
     try:
         if _pending > _settings.db_queue_limit and not urgent:
             raise psycopg2.OperationalError("the queue for the database is full")
         (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
-        async with asyncio.timeout(_settings.db_deadline if within is None else within):
-            rows = await job
+        rows = await job
         _log_outage(None)
         return rows
     except TimeoutError:
@@ -105,6 +106,7 @@ async def fetch(
         raise
     finally:
         _pending -= 1
+        deadline.cancel()
         _cut_off(job)
 
 

@@ -2,19 +2,23 @@
 
 import asyncio
 import logging
+import re
 from codecs import BOM_UTF8
-from collections.abc import Awaitable, Callable
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi import HTTPException, Request, Response
+import fastapi
+from fastapi import HTTPException
+from fastapi._compat import ModelField
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svc import auth, errors, metrics, repo, settings
 from svc.db import one_line
-from svc.models import parse_json, parse_weak_etags
+from svc.models import Conditions, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +123,15 @@ def _asks_for_upgrade(scope: Scope) -> bool:
     )
 
 
-class _JSONRequest(Request):
+class Request(fastapi.Request):
+    """Reads bodies by `parse_json`, and knows the conditions of the request (RFC 9110, section 13)."""
+
+    @cached_property
+    def when(self) -> Conditions:
+        """If-None-Match is compared weakly (section 8.8.3.2)."""
+        if_match, if_none_match = (_parse_etags(self.headers.getlist(name)) for name in ("if-match", "if-none-match"))
+        return Conditions(if_match, [etag.removeprefix("W/") for etag in if_none_match])
+
     async def json(self) -> Any:
         try:
             return parse_json((await self.body()).removeprefix(BOM_UTF8))
@@ -127,33 +139,48 @@ class _JSONRequest(Request):
             raise HTTPException(400, f"JSON decode error: {error}") from None
 
 
-class Route(APIRoute):
-    """Reads bodies by `parse_json`, and refuses query parameters that it does not know.
+def _parse_etags(lines: list[str]) -> list[str]:
+    """The entity tags of a header, or * if that is all of it. What is malformed equals no ETag."""
+    if not lines:
+        return lines
+    value = ", ".join(lines).strip()
+    return re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value]
 
-    An endpoint that takes `if_none_match` is `hot`: without a query it is called with the request, its path parameters
-    and that header alone. FastAPI's dependency resolution would take half of a read's time.
+
+class Route(APIRoute):
+    """Refuses query parameters that it does not know.
+
+    A hot read, one that may answer 304, is called without FastAPI's dependency resolution, which would take half of its
+    time, unless there is a query.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        resolve = super().get_route_handler()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.resolve = self.get_route_handler()
+        self.hot = 304 in self.responses
         fields = self.dependant.query_params
-        known = {name for field in fields for name in getattr(field.type_, "model_fields", [field.alias])}
-        self.hot = any(field.name == "if_none_match" for field in self.dependant.header_params)
+        self.known = {name for field in fields for name in getattr(field.type_, "model_fields", [field.alias])}
 
-        async def handle(request: Request) -> Response:
-            if query := request.scope["query_string"]:
-                _check_query(query.decode("latin-1"), known)
-            elif self.hot:
-                values = {}
-                for field in self.dependant.path_params:
-                    values[field.name], invalid = field.validate(request.path_params[field.name])
-                    if invalid:
-                        return await resolve(request)  # it answers with what is wrong
-                sent = request.headers.getlist("if-none-match")
-                return await self.endpoint(request, **values, if_none_match=sent and parse_weak_etags(sent))
-            return await resolve(_JSONRequest(request.scope, request.receive))
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in self.methods:
+            raise HTTPException(405)
+        request = Request(scope, receive)
+        if query := scope["query_string"]:
+            _check_query(query.decode("latin-1"), self.known)
+        if query or not self.hot:
+            response = await self.resolve(request)
+        else:
+            response = await self.endpoint(request, **_validate(self.dependant.path_params, scope["path_params"]))
+        await response(scope, receive, send)
 
-        return handle
+
+def _validate(fields: list[ModelField], sent: dict[str, str]) -> dict[str, Any]:
+    values = {}
+    for field in fields:
+        values[field.name], invalid = field.validate(sent[field.name], loc=("path", field.name))
+        if invalid:
+            raise RequestValidationError(invalid)
+    return values
 
 
 def _check_query(query: str, known: set[str]) -> None:

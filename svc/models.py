@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable
 from math import isinf, log10
 from typing import Annotated, Any, Literal
@@ -109,21 +109,6 @@ def _check_ulid(value: Any) -> str:
     return value
 
 
-def parse_etags(lines: list[str]) -> list[str]:
-    """The entity tags of a header, or * if that is all of it. What is malformed equals no ETag.
-
-    Empty only if there is no such header.
-    """
-    value = ", ".join(lines).strip()
-    tags = re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value)
-    return lines and (tags or [value])
-
-
-def parse_weak_etags(lines: list[str]) -> list[str]:
-    """The same for weak comparison (RFC 9110, section 8.8.3.2)."""
-    return [etag.removeprefix("W/") for etag in parse_etags(lines)]
-
-
 # One AfterValidator each: pydantic 2.11 keeps only the last where a field has a Field of its own besides.
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_not_blank)]
 Comments = Annotated[str, Field(max_length=1024), AfterValidator(_no_nul)]
@@ -135,8 +120,6 @@ Id = Annotated[
     AfterValidator(str),
     WithJsonSchema({"type": "string", "pattern": ULID_PATTERN, "examples": [APPLICATION_ID]}),
 ]
-ETags = Annotated[list[str], AfterValidator(parse_etags), WithJsonSchema({"type": "string"})]
-WeakETags = Annotated[list[str], AfterValidator(parse_weak_etags), WithJsonSchema({"type": "string"})]
 
 
 # --- Requests ---
@@ -216,9 +199,8 @@ class ChangeFilter(_Strict):
     application_id: Id | None = Field(None, description="Only those of this application.")
 
 
-class Conditions(BaseModel):
-    if_match: ETags = Field([], description="Write only if one of these is the current ETag, or *.")
-    if_none_match: WeakETags = Field([], description="Do not write if one of these is the current ETag, or *.")
+# The ETags in If-Match and in If-None-Match. Empty if there is no such header.
+Conditions = namedtuple("Conditions", "if_match if_none_match")
 
 
 # --- Answers ---

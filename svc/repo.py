@@ -72,12 +72,13 @@ CHANGE = """
     this.configuration_id, this.application_id, this.name, this.version, this.operation, this.actor, this.recorded_at
 """
 VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
+# For the trigger that records the versions of configurations. It is always true.
+ACTOR = "set_config('config_service.actor', %(actor)s, true) IS NOT NULL"
 # If-Match and If-None-Match (RFC 9110, section 13.1).
-CONDITIONS = """
-    (%(if_match)s = '{}' OR %(if_match)s && ARRAY['*', this.etag]) AND NOT %(if_none_match)s && ARRAY['*', this.etag]
+CONDITIONS = f"""
+    (%(if_match)s = '{{}}' OR %(if_match)s && ARRAY['*', this.etag]) AND NOT %(if_none_match)s && ARRAY['*', this.etag]
+    AND {ACTOR}
 """
-# In the FROM of a statement that writes configurations, for the trigger that records their versions.
-ACTOR = "set_config('config_service.actor', %(actor)s, true) AS actor"
 
 
 def etag_matches(row: Row | None, etags: Iterable[str]) -> bool:
@@ -128,12 +129,11 @@ def list_applications(wanted: models.ApplicationFilter) -> AsyncIterator[Row]:
 async def update_application(id: str, changes: models.ApplicationUpdate, when: Conditions) -> Row | None:
     statement = f"""
         UPDATE applications AS this
-        SET name = coalesce(%(name)s, this.name),
-            comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END
+        SET {_assign(changes)}
         WHERE this.id = %(id)s AND {CONDITIONS}
         RETURNING {_row(_application_json(IDS_NOW))}
     """
-    params = {"id": id, **_given(changes), **dict(when)}
+    params = {"id": id, **dict(changes), **when._asdict()}
     return await _write("update_application", statement, params, read_application, id)
 
 
@@ -143,13 +143,13 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
     It is locked before they are counted, so that none comes or goes after that.
     """
     statement = f"""
-        DELETE FROM applications AS this USING {ACTOR}
+        DELETE FROM applications AS this
         WHERE this.id = (SELECT id FROM applications WHERE id = %(id)s FOR UPDATE)
           AND {CONDITIONS}
           AND (%(cascade)s OR cardinality({IDS_NOW}) = 0)
         RETURNING this.etag, '' AS json
     """
-    params = {"id": id, "cascade": cascade, **dict(when)}
+    params = {"id": id, "cascade": cascade, **when._asdict()}
     return await _write("delete_application", statement, params, read_application, id)
 
 
@@ -159,7 +159,8 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
 async def create_configuration(new: models.ConfigurationCreate) -> Row:
     statement = f"""
         INSERT INTO configurations AS this (id, application_id, name, comments, config)
-        SELECT %(id)s, %(application_id)s, %(name)s, %(comments)s, %(config)s FROM {ACTOR}
+        SELECT %(id)s, %(application_id)s, %(name)s, %(comments)s, %(config)s
+        WHERE {ACTOR}
         RETURNING {CONFIGURATION}
     """
     params = {"id": str(ULID()), "actor": actor.get(), **dict(new)}
@@ -222,17 +223,13 @@ async def update_configuration(
 ) -> Row | None:
     """Replace the fields that are present. With `merge`, merge the config into what is stored (RFC 7396)."""
     id, params = _find(key)
-    config = "merge_patch(this.config, %(config)s)" if merge else "%(config)s"
     statement = f"""
         UPDATE configurations AS this
-        SET name = coalesce(%(name)s, this.name),
-            comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
-            config = coalesce({config}, this.config)
-        FROM {ACTOR}
+        SET {_assign(changes, merge)}
         WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id) if changes.name else "true"}
         RETURNING {CONFIGURATION}
     """
-    params |= {**_given(changes), **dict(when)}
+    params |= {**dict(changes), **when._asdict()}
     return await _write("update_configuration", statement, params, read_configuration, key)
 
 
@@ -241,28 +238,26 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
     id, params = _find(key)
     update = f"""
         UPDATE configurations AS this
-        SET comments = CASE WHEN %(keep_comments)s THEN this.comments ELSE %(comments)s END,
-            config = coalesce(%(config)s, this.config)
-        FROM {ACTOR}
+        SET {_assign(new)}
         WHERE this.id = {id} AND {CONDITIONS}
     """
     source = f"""
         SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s
-        FROM applications AS a, {ACTOR}
+        FROM applications AS a
         WHERE a.name = %(application_name)s AND {id} IS NULL
     """
-    params |= {"new_id": str(ULID()), **_given(new)}
+    params |= {"new_id": str(ULID()), **dict(new)}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
 async def delete_configuration(key: Key, when: Conditions) -> Row | None:
     id, params = _find(key)
     statement = f"""
-        DELETE FROM configurations AS this USING {ACTOR}
+        DELETE FROM configurations AS this
         WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id)}
         RETURNING this.etag, '' AS json
     """
-    return await _write("delete_configuration", statement, params | dict(when), read_configuration, key)
+    return await _write("delete_configuration", statement, params | when._asdict(), read_configuration, key)
 
 
 async def read_etags(keys: Collection[Key]) -> dict[Key, str]:
@@ -319,13 +314,13 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
     update = f"""
         UPDATE configurations AS this
         SET name = v.name, comments = v.comments, config = v.config
-        FROM configuration_versions AS v, {ACTOR}
+        FROM configuration_versions AS v
         WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
           AND this.id = %(id)s AND {CONDITIONS} AND {_in_its_application("%(id)s")}
     """
-    source = f"""
+    source = """
         SELECT %(id)s, v.application_id, v.name, v.comments, v.config
-        FROM configuration_versions AS v, {ACTOR}
+        FROM configuration_versions AS v
         WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
           AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
@@ -398,8 +393,12 @@ def _in_its_application(id: str) -> str:
     """
 
 
-def _given(changes: BaseModel) -> dict[str, Any]:
-    return {"keep_comments": "comments" not in changes.model_fields_set, **dict(changes)}
+def _assign(changes: BaseModel, merge: bool = False) -> str:
+    """The SQL that sets the fields that are present."""
+    values = {field: f"%({field})s" for field in changes.model_fields_set}
+    if merge and "config" in values:
+        values["config"] = "merge_patch(this.config, %(config)s)"
+    return ", ".join(f"{field} = {value}" for field, value in values.items()) or "id = this.id"
 
 
 async def _write(
@@ -423,12 +422,12 @@ async def _write_or_create(
         WITH updated AS ({update} RETURNING {CONFIGURATION}),
         created AS (
             INSERT INTO configurations AS this (id, application_id, name, comments, config)
-            {source} AND %(if_match)s = '{{}}'
+            {source} AND %(if_match)s = '{{}}' AND {ACTOR}
             RETURNING {CONFIGURATION}
         )
         SELECT *, false AS created FROM updated UNION ALL SELECT *, true FROM created
     """
-    write = partial(_write, name, statement, {**params, **dict(when)}, read_configuration, key)
+    write = partial(_write, name, statement, {**params, **when._asdict()}, read_configuration, key)
     for attempt in range(1, TRIES + 1):
         try:
             row = await write()

@@ -1,16 +1,17 @@
 """Conditional requests (RFC 9110), and how a row becomes an answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import URL
 
 from svc import db, repo, settings, watch
 from svc.db import Row
 from svc.errors import RETRY_AFTER, invalid
+from svc.middleware import Request
 from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
 from svc.repo import conditions_hold, etag_matches
 
@@ -20,23 +21,21 @@ CHUNK = 64 * 1024
 _lists = asyncio.Semaphore(32)
 
 
-async def read_or_wait(
-    request: Request, key: repo.Key, if_none_match: Collection[str], wait: float | None
-) -> Row | None:
+async def read_or_wait(request: Request, key: repo.Key, wait: float | None) -> Row | None:
     """Read the configuration. With ?wait=, return when its ETag is not in If-None-Match."""
     if wait is None:
         return await repo.read_configuration(key)
-    if not if_none_match:
+    if not request.when.if_none_match:
         raise invalid("To wait for a change, name in If-None-Match what you have", "wait", "query", "wait")
     if watch.count() < settings.load().max_waiters:
-        return await watch.until_changed(request, key, frozenset(if_none_match), wait)
+        return await watch.until_changed(request, key, frozenset(request.when.if_none_match), wait)
     row = await repo.read_configuration(key)
-    if etag_matches(row, if_none_match):
+    if etag_matches(row, request.when.if_none_match):
         raise HTTPException(503, "Too many clients wait for a change: try again.", RETRY_AFTER)
     return row
 
 
-def document(row: Row | None, if_none_match: Iterable[str] = ()) -> Response:
+def document(row: Row | None, if_none_match: Collection[str] = ()) -> Response:
     """What PostgreSQL wrote, as it is; 304 if If-None-Match names it; 404 if there is nothing."""
     if row is None or row["etag"] is None:
         raise HTTPException(404, _what_is_missing(row))

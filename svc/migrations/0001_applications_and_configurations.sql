@@ -73,8 +73,9 @@ CREATE INDEX configuration_versions_application_id_idx ON configuration_versions
 -- Functions resolve names in the schema of this migration, whatever the search_path of the caller is.
 
 -- It holds the time as well: in a database that went back in time the numbers of versions repeat.
+-- It reads no table, so it needs no search_path, and PostgreSQL can put it in the place of its call.
 CREATE FUNCTION make_etag(id text, version integer, updated_at timestamptz) RETURNS text
-LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+LANGUAGE sql STABLE AS $$
     SELECT format('"%s.%s.%s"', id, version, (extract(epoch FROM updated_at) * 1000000)::bigint)
 $$;
 
@@ -112,8 +113,9 @@ BEGIN
         NEW.updated_at := NEW.created_at;
     ELSIF (NEW.id, NEW.application_id) IS DISTINCT FROM (OLD.id, OLD.application_id) THEN
         RAISE 'the ids of a configuration cannot be changed' USING ERRCODE = 'restrict_violation';
-    -- As text, because jsonb takes 1 and 1.0 for equal, and GET shows them as they are.
-    ELSIF (NEW.name, NEW.comments, document) IS DISTINCT FROM (OLD.name, OLD.comments, OLD.config::text) THEN
+    -- Also as text, because jsonb takes 1 and 1.0 for equal, and GET shows them as they are.
+    ELSIF (NEW.name, NEW.comments, NEW.config) IS DISTINCT FROM (OLD.name, OLD.comments, OLD.config)
+        OR document <> OLD.config::text THEN
         NEW.version := OLD.version + 1;
         NEW.created_at := OLD.created_at;
         NEW.updated_at := clock_timestamp();
