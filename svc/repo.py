@@ -3,7 +3,7 @@
 In every statement `this` is the row that is read or written.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -173,27 +173,22 @@ async def _read_by_ids(ids: list[str], within: float) -> Mapping[str, Row]:
     return {row["id"]: row for row in await db.fetch("read_configurations", statement, {"ids": ids}, within)}
 
 
-def _from_names(columns: str) -> str:
-    """FROM what has the names. LIMIT 1 makes it two look-ups each: a plain join may read all of an application."""
-    return f"""
+async def _read_by_names(keys: list[tuple[str, str]], within: float) -> Mapping[tuple[str, str], Row]:
+    # LIMIT 1 makes it two look-ups each: a plain join may read all of an application.
+    statement = f"""
+        SELECT key.application_name, key.name, a.id AS application_id, c.*
         FROM unnest(%(application_names)s::text[], %(names)s::text[]) AS key (application_name, name)
         LEFT JOIN LATERAL (SELECT id FROM applications WHERE name = key.application_name LIMIT 1) AS a ON true
         LEFT JOIN LATERAL (
-            SELECT {columns}
+            SELECT {CONFIGURATION}
             FROM configurations AS this
             WHERE this.application_id = a.id AND this.name = key.name
             LIMIT 1
         ) AS c ON true
     """
-
-
-def _names(keys: Collection[tuple[str, str]]) -> dict[str, list[str]]:
-    return {"application_names": [key[0] for key in keys], "names": [key[1] for key in keys]}
-
-
-async def _read_by_names(keys: list[tuple[str, str]], within: float) -> Mapping[tuple[str, str], Row]:
-    statement = f"SELECT key.application_name, key.name, a.id AS application_id, c.* {_from_names(CONFIGURATION)}"
-    rows = await db.fetch("read_configurations_by_names", statement, _names(keys), within)
+    application_names, names = map(list, zip(*keys, strict=True))
+    params = {"application_names": application_names, "names": names}
+    rows = await db.fetch("read_configurations_by_names", statement, params, within)
     return {(row["application_name"], row["name"]): row for row in rows}
 
 
@@ -260,21 +255,10 @@ async def delete_configuration(key: Key, when: Conditions) -> Row | None:
     return await _write("delete_configuration", statement, params | when._asdict(), read_configuration, key)
 
 
-async def read_etags(keys: Collection[Key]) -> dict[Key, str]:
-    """The ETags of configurations. Those that do not exist are not among them."""
-    statement = f"""
-        SELECT this.id, this.etag, NULL AS application_name, NULL AS name
-        FROM configurations AS this
-        WHERE this.id = ANY(%(ids)s::text[])
-        UNION ALL
-        SELECT c.id, c.etag, key.application_name, key.name
-        {_from_names("this.id, this.etag")}
-        WHERE c.id IS NOT NULL
-    """
-    ids = [key for key in keys if isinstance(key, str)]
-    names = [key for key in keys if isinstance(key, tuple)]
-    rows = await db.fetch("read_etags", statement, {"ids": ids, **_names(names)})
-    return {(row["application_name"], row["name"]) if row["name"] else row["id"]: row["etag"] for row in rows}
+async def read_etags(ids: set[str]) -> dict[str, str]:
+    """The ETags of configurations by their ids. Those that do not exist are not among them."""
+    statement = "SELECT id, etag FROM configurations WHERE id = ANY(%(ids)s)"
+    return {row["id"]: row["etag"] for row in await db.fetch("read_etags", statement, {"ids": list(ids)})}
 
 
 # --- Versions of configurations ---

@@ -25,8 +25,8 @@ SHARE = 1 / 20  # of the time that looks may take
 DEBOUNCE = 0.01  # seconds: writes this close together share one look
 JITTER = 0.00005  # seconds a woken reader, so that thousands do not read at the same instant
 
-# The configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
-_readers: dict[asyncio.Event, tuple[repo.Key, frozenset[str]]] = {}
+# The id of the configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
+_readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
 _changed = asyncio.Event()
 _tokens: dict[str, Row] = {}  # those that counted at the last look
 
@@ -65,11 +65,11 @@ async def until_changed(request: Request, key: repo.Key, known: frozenset[str], 
     wake = asyncio.Event()
     gone = asyncio.create_task(_wait_for_disconnect(request))
     gone.add_done_callback(lambda _: wake.set())
-    # Registered before it reads: what changes from here on sets the event.
-    _readers[wake] = key, known
+    _readers[wake] = "", known  # counts from now on
     try:
         row = await repo.read_configuration(key)
         while repo.etag_matches(row, known) and loop.time() < until and not gone.done() and not _is_stopping():
+            _readers[wake] = row["id"], known
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await wake.wait()
@@ -125,12 +125,10 @@ async def _look() -> None:
     if _is_stopping() or await _tokens_changed():
         woken = list(_readers)
     else:
-        keys = {key for key, _ in _readers.values()}
-        current = await repo.read_etags(keys)
+        watched = dict(_readers)
+        etags = await repo.read_etags({id for id, _ in watched.values()})
         woken = [
-            reader
-            for reader, (key, known) in _readers.items()
-            if key in keys and not repo.etag_matches({"etag": current.get(key)}, known)
+            reader for reader, (id, known) in watched.items() if not repo.etag_matches({"etag": etags.get(id)}, known)
         ]
     for reader in woken:
         asyncio.get_running_loop().call_later(random.random() * JITTER * len(woken), reader.set)

@@ -69,8 +69,8 @@ def test_a_change_wakes_its_readers(client, base_url, sql, by_id, configuration,
 
 
 @pytest.mark.parametrize("path", ["by name"], indirect=True)
-def test_an_application_renamed_is_404_to_those_who_wait_by_its_name(client, application, wait):
-    waiting = wait()
+def test_an_application_renamed_is_404_in_the_end_to_those_who_wait_by_its_name(client, application, wait):
+    waiting = wait(seconds=0.6)
     client.put(f"/applications/{application['id']}", json={"name": application["name"] + "-new"})
     response = waiting.result(20)
     assert (response.status_code, response.json()["detail"]) == (404, "There is no application with this name.")
