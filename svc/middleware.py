@@ -11,7 +11,6 @@ from urllib.parse import parse_qsl
 
 import fastapi
 from fastapi import HTTPException
-from fastapi._compat import ModelField
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -170,17 +169,16 @@ class Route(APIRoute):
         if query or not self.hot:
             response = await self.resolve(request)
         else:
-            response = await self.endpoint(request, **_validate(self.dependant.path_params, scope["path_params"]))
+            response = await self.endpoint(request, **self.validate(request.path_params))
         await response(scope, receive, send)
 
-
-def _validate(fields: list[ModelField], sent: dict[str, str]) -> dict[str, Any]:
-    values = {}
-    for field in fields:
-        values[field.name], invalid = field.validate(sent[field.name], loc=("path", field.name))
-        if invalid:
-            raise RequestValidationError(invalid)
-    return values
+    def validate(self, path_params: dict[str, str]) -> dict[str, Any]:
+        values = {}
+        for field in self.dependant.path_params:
+            values[field.name], invalid = field.validate(path_params[field.name], loc=("path", field.name))
+            if invalid:
+                raise RequestValidationError(invalid)
+        return values
 
 
 def _check_query(query: str, known: set[str]) -> None:
