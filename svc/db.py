@@ -91,7 +91,8 @@ async def fetch(
             raise psycopg2.OperationalError("the queue for the database is full")
         (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
         rows = await job
-        _log_outage(None)
+        if _last_outage is not None:
+            _log_outage(None)
         return rows
     except TimeoutError:
         renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
@@ -222,7 +223,7 @@ def _log_outage(error: psycopg2.Error | None) -> None:
         if _last_outage is None:
             log.error("database unavailable: %s", one_line(error))
         _last_outage = monotonic()
-    elif _last_outage is not None and monotonic() - _last_outage > CALM:
+    elif monotonic() - _last_outage > CALM:
         _last_outage = None
         log.info("database available again")
 

@@ -31,7 +31,9 @@ def middleware(app: ASGIApp) -> ASGIApp:
         if scope["type"] != "http":
             return await _start(app, scope, receive, send)
         began, status = perf_counter(), 0
-        method, closing = scope["method"], _asks_for_upgrade(scope)
+        method = scope["method"]
+        # uvicorn reads no body behind a head that asks for an upgrade.
+        closing = any(name == b"connection" and b"upgrade" in value.lower() for name, value in scope["headers"])
         # Routes match the path as it was sent: decoded, %2F within a name would not differ from / between two names.
         scope = {**scope, "path": scope["raw_path"].decode("ascii"), "head": method == "HEAD"}
         if method == "HEAD":
@@ -100,8 +102,8 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
 
     async def receive_limited() -> Message:
         nonlocal received
-        if closing:  # uvicorn reads no body behind a head that asks for an upgrade
-            raise HTTPException(400, "Connections are not upgraded here: send the body without the Upgrade header")
+        if closing:
+            raise HTTPException(400, "Connections are not upgraded here: send the body without Connection: upgrade")
         if announced <= limit:
             try:
                 async with asyncio.timeout_at(until):
@@ -114,12 +116,6 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
         return message
 
     return receive_limited
-
-
-def _asks_for_upgrade(scope: Scope) -> bool:
-    return b"upgrade" in dict(scope["headers"]) and any(
-        name == b"connection" and b"upgrade" in value.lower() for name, value in scope["headers"]
-    )
 
 
 class Request(fastapi.Request):
@@ -169,16 +165,14 @@ class Route(APIRoute):
         if query or not self.hot:
             response = await self.resolve(request)
         else:
-            response = await self.endpoint(request, **self.validate(request.path_params))
+            values = {}
+            for field in self.dependant.path_params:
+                sent = request.path_params[field.name]
+                values[field.name], invalid = field.validate(sent, loc=("path", field.name))
+                if invalid:
+                    raise RequestValidationError(invalid)
+            response = await self.endpoint(request, **values)
         await response(scope, receive, send)
-
-    def validate(self, path_params: dict[str, str]) -> dict[str, Any]:
-        values = {}
-        for field in self.dependant.path_params:
-            values[field.name], invalid = field.validate(path_params[field.name], loc=("path", field.name))
-            if invalid:
-                raise RequestValidationError(invalid)
-        return values
 
 
 def _check_query(query: str, known: set[str]) -> None:
