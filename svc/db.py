@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg2
 from psycopg2.errors import DeadlockDetected, ReadOnlySqlTransaction, SerializationFailure
@@ -32,6 +34,7 @@ _pool: ThreadedConnectionPool
 _executor: ThreadPoolExecutor
 _urgent: ThreadPoolExecutor
 _pages: asyncio.Semaphore
+_prepared: WeakKeyDictionary[connection, dict[str, str]] = WeakKeyDictionary()  # the EXECUTE of each statement
 _pending = 0  # statements that run or wait
 _last_outage: float | None = None  # when the database was last found away; None while all is well
 
@@ -153,6 +156,8 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
             return []
         lent.autocommit = True
         cursor = lent.cursor()
+        if params and "RETURNING" in statement:  # a write: its best plan does not depend on its parameters
+            statement = _prepare(cursor, statement)
         try:
             cursor.execute(statement, params)
         except (DeadlockDetected, SerializationFailure):
@@ -163,6 +168,17 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
         seconds = monotonic() - started
         level = logging.WARNING if seconds >= _settings.db_slow_statement else logging.DEBUG
         log.log(level, "statement: %s took %.4f s", name, seconds)
+
+
+def _prepare(cursor: RealDictCursor, statement: str) -> str:
+    """The EXECUTE of a statement, which each connection parses and plans once."""
+    known = _prepared.setdefault(cursor.connection, {})
+    if statement not in known:
+        name, parameters = f"prepared_{len(known)}", sorted(set(re.findall(r"%\(\w+\)s", statement)))
+        numbers = {parameter[2:-2]: f"${number}" for number, parameter in enumerate(parameters, 1)}
+        cursor.execute(f"PREPARE {name} AS {statement % numbers}")
+        known[statement] = f"EXECUTE {name} ({', '.join(parameters)})"
+    return known[statement]
 
 
 # --- What psycopg2's pool has no public name for ---

@@ -152,7 +152,7 @@ class Unprintable:
 
 
 FAILURES = {
-    "a broken constraint": ("INSERT INTO counters VALUES (NULL) RETURNING n", None, psycopg2.IntegrityError),
+    "a broken constraint": ("INSERT INTO counters VALUES (%(x)s) RETURNING n", None, psycopg2.IntegrityError),
     "a statement too slow": ("SELECT pg_sleep(9)", None, psycopg2.errors.QueryCanceled),
     "no rows to fetch": ("SET work_mem = '1MB'", None, psycopg2.ProgrammingError),
     "a value that no text holds": ("SELECT %(x)s", "\0", ValueError),

@@ -76,7 +76,8 @@ VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
 ACTOR = "set_config('config_service.actor', %(actor)s, true) IS NOT NULL"
 # If-Match and If-None-Match (RFC 9110, section 13.1).
 CONDITIONS = f"""
-    (%(if_match)s = '{{}}' OR %(if_match)s && ARRAY['*', this.etag]) AND NOT %(if_none_match)s && ARRAY['*', this.etag]
+    (%(if_match)s::text[] = '{{}}' OR %(if_match)s && ARRAY['*', this.etag])
+    AND NOT %(if_none_match)s && ARRAY['*', this.etag]
     AND {ACTOR}
 """
 
@@ -159,7 +160,7 @@ async def delete_application(id: str, cascade: bool, when: Conditions) -> Row | 
 async def create_configuration(new: models.ConfigurationCreate) -> Row:
     statement = f"""
         INSERT INTO configurations AS this (id, application_id, name, comments, config)
-        SELECT %(id)s, %(application_id)s, %(name)s, %(comments)s, %(config)s
+        SELECT %(id)s, %(application_id)s, %(name)s, %(comments)s, %(config)s::jsonb
         WHERE {ACTOR}
         RETURNING {CONFIGURATION}
     """
@@ -237,7 +238,7 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
         WHERE this.id = {id} AND {CONDITIONS}
     """
     source = f"""
-        SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s
+        SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s::jsonb
         FROM applications AS a
         WHERE a.name = %(application_name)s AND {id} IS NULL
     """
