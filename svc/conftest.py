@@ -1,5 +1,6 @@
 """A PostgreSQL 16 and a database for this run alone, the service on it over real HTTP, and ways to look behind it."""
 
+import json
 import os
 import secrets
 import tempfile
@@ -15,9 +16,13 @@ import uvicorn
 from psycopg2.extensions import make_dsn
 
 from svc import dev, migrations, settings
+from svc.models import Problem
 from svc.test.process import until
 
 Sql = Callable[..., list[dict[str, Any]]]
+
+UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"  # the id of nothing
+MERGE_PATCH = "application/merge-patch+json"
 
 TEST_URL = settings.load().database_test_url
 # Nothing that the developer set decides how a test ends.
@@ -30,6 +35,24 @@ settings.load.cache_clear()
 def run_sql(url: str, statement: str, *params: Any) -> list[dict[str, Any]]:
     """The rows of a statement on a connection of its own."""
     return dev.execute(url, statement, params or None)
+
+
+def send(client: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
+    """The answer to a body of JSON, which is a merge patch if the method is PATCH."""
+    media_type = MERGE_PATCH if method == "PATCH" else "application/json"
+    content = json.dumps(body, ensure_ascii=False)
+    return client.request(method, path, content=content, headers={"Content-Type": media_type} | headers)
+
+
+def problem(answer: httpx.Response, status: int) -> Problem:
+    """The problem that is answered. It shows nothing of the request's values and nothing of the inside."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    for word in ("hunter2", "Traceback", "psycopg", "LINE 1", "svc/"):
+        assert word not in answer.text
+    found = Problem.model_validate_json(answer.text)
+    assert (found.status, bool(found.errors)) == (status, status == 400)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
-"""What pipelines do, which know names and not ids: create or replace, patch, delete, list and copy."""
+"""What pipelines do, which know names and not ids: create or replace, patch, delete and copy."""
 
-import json
 import os
 import re
 import subprocess
@@ -12,12 +11,11 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from svc.conftest import run_sql
+from svc.conftest import MERGE_PATCH, problem, run_sql, send
 from svc.test.process import ROOT, service
 
 NO_APPLICATION = "There is no application with this name."
 NO_CONFIGURATION = "This application has no configuration with this name."
-MERGE_PATCH = "application/merge-patch+json"
 NAMES = [
     "production",
     "eu/west//1/",
@@ -43,12 +41,6 @@ def path_of(owner: str, name: str | None = None) -> str:
 def path(application: dict[str, Any]) -> str:
     """Where the configuration of a test is, or is not yet."""
     return path_of(application["name"], "production")
-
-
-def send(client: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
-    media_type = MERGE_PATCH if method == "PATCH" else "application/json"
-    content = json.dumps(body, ensure_ascii=False)
-    return client.request(method, path, content=content, headers={"Content-Type": media_type} | headers)
 
 
 def read(client: httpx.Client, path: str) -> tuple[Any, ...]:
@@ -79,71 +71,57 @@ def test_put_creates_replaces_and_changes_nothing_when_it_is_sent_again(client, 
     ("body", "wrong"),
     [
         ({}, "missing"),
-        ({"comments": "x"}, "missing"),
         ({"config": None}, "dict_type"),
         ({"config": {}, "name": "other"}, "extra_forbidden"),
     ],
 )
 def test_put_without_a_document_creates_nothing(client, path, body, wrong):
     before = read(client, path)
-    response = send(client, "PUT", path, body)
-    assert (response.status_code, response.json()["errors"][0]["type"]) == (400, wrong)
+    assert problem(send(client, "PUT", path, body), 400).errors[0].type == wrong
     assert read(client, path) == before
 
 
-def test_writes_say_which_of_the_two_names_is_missing(client, application, name):
-    def told(method: str, path: str) -> tuple[int, str]:
-        response = send(client, method, path, {})
-        return response.status_code, response.json()["detail"]
-
-    for method in ("PUT", "PATCH", "DELETE"):
-        assert told(method, path_of(f"no-{name}", "production")) == (404, NO_APPLICATION)
-    assert told("GET", path_of(f"no-{name}")) == (404, NO_APPLICATION)
-    for method in ("PATCH", "DELETE"):
-        assert told(method, path_of(name, "production")) == (404, NO_CONFIGURATION)
+def test_a_404_says_which_of_the_two_names_is_missing(client, application, name):
+    missing = path_of(f"no-{name}")
+    for method, path in (("GET", missing), *((each, f"{missing}/n") for each in ("GET", "PUT", "PATCH", "DELETE"))):
+        assert problem(send(client, method, path, {}), 404).detail == NO_APPLICATION
+    for method in ("GET", "PATCH", "DELETE"):
+        assert problem(send(client, method, path_of(name, "n"), {}), 404).detail == NO_CONFIGURATION
 
 
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
 @pytest.mark.parametrize(
-    ("header", "value", "replaces", "creates"),
+    ("header", "value", "creates"),
     [
-        ("If-Match", "ETAG", True, False),
-        ("If-Match", "*", True, False),
-        ("If-Match", '"other"', False, False),
-        ("If-None-Match", "*", False, True),
-        ("If-None-Match", '"other"', True, True),
+        ("If-Match", "*", False),
+        ("If-Match", '"other"', False),
+        ("If-None-Match", "*", True),
+        ("If-None-Match", '"other"', True),
     ],
 )
-def test_conditions_decide_what_is_written(client, configuration, path, method, header, value, replaces, creates):
+def test_conditions_decide_whether_put_creates(client, path, header, value, creates):
     before = read(client, path)
-    headers = {header: value.replace("ETAG", before[2])}
-    response = send(client, method, path, {"config": {"new": 1}}, **headers)
-    assert response.status_code == (412 if not replaces else 204 if method == "DELETE" else 200)
-    assert replaces or response.headers["ETag"] == before[2]
-    assert (read(client, path) != before) is replaces
-
-    client.delete(path)
-    before = read(client, path)
-    response = send(client, method, path, {"config": {"new": 1}}, **headers)
-    assert response.status_code == (404 if method != "PUT" else 201 if creates else 412)
-    assert (read(client, path) != before) is (method == "PUT" and creates)
+    response = send(client, "PUT", path, {"config": {"new": 1}}, **{header: value})
+    assert response.status_code == (201 if creates else 412)
+    assert (read(client, path) != before) is creates
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_every_name_works_in_a_path(client, base_url, name):
     client.post("/applications", json={"name": name})
+    [application] = client.get("/applications", params={"name": name}).json()
     created = send(client, "PUT", path_of(name, name), {"config": {"a": 1}})
-    assert created.json()["name"] == name
+    assert (application["name"], created.json()["name"]) == (name, name)
+    assert client.get(f"{path_of(name)}/{quote(name).replace('.', '%2E')}").text == created.text  # / stays as it is
     assert httpx.get(base_url + created.headers["Location"]).text == created.text
     patched = send(client, "PATCH", path_of(name, name), {"config": {"b": 2}})
     assert client.get(path_of(name)).json() == [patched.json()]
     assert client.delete(path_of(name, name)).status_code == 204
-    assert client.delete(f"/applications/{created.json()['application_id']}").status_code == 204
+    assert client.delete(f"/applications/{application['id']}").status_code == 204
 
 
 @pytest.mark.parametrize("bad", ["x" * 257, "%20", "%0A", "a%00b", "%FF", "%ED%A0%80"])
 def test_what_is_no_name_is_refused(client, application, name, bad):
-    for method in ("PUT", "PATCH", "DELETE"):
+    for method in ("GET", "PUT", "PATCH", "DELETE"):
         for path in (f"{path_of(name)}/{bad}", f"/applications/{bad}/configurations/production"):
             assert send(client, method, path, {"config": {}}).status_code == 400
     assert client.get(path_of(name)).json() == []
@@ -188,22 +166,18 @@ def test_a_patch_changes_name_and_comments_too(client, configuration, path):
     assert send(client, "PATCH", path, {"comments": None}).json()["comments"] is None
 
 
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        ({}, 200),
-        ({"config": {"port": 5432, "gone": None}, "name": "production", "comments": None}, 200),
-        ({"config": None}, 400),
-        ({"config": []}, 400),
-        ({"name": None}, 400),
-        ({"nam": "x"}, 400),
-        ([], 400),
-    ],
-)
-def test_a_patch_that_is_bad_or_changes_nothing_keeps_version_and_etag(client, configuration, path, body, status):
+def test_a_patch_that_changes_nothing_keeps_version_and_etag(client, configuration, path):
     before = read(client, path)
-    for each in (path, f"/configurations/{configuration['id']}"):
-        assert send(client, "PATCH", each, body).status_code == status
+    for body in ({}, {"config": {"port": 5432, "gone": None}, "name": "production", "comments": None}):
+        assert send(client, "PATCH", path, body).status_code == 200
+    assert read(client, path) == before
+
+
+def test_a_patch_that_makes_a_document_too_large_stores_nothing(client, configuration, path):
+    large = [5e-324] * 13_000  # PostgreSQL prints each with 324 digits
+    send(client, "PATCH", path, {"config": {"one": large}})
+    before = read(client, path)
+    assert problem(send(client, "PATCH", path, {"config": {"two": large}}), 400).errors[0].type == "too_large"
     assert read(client, path) == before
 
 
@@ -224,51 +198,19 @@ def test_of_200_patches_at_once_none_is_lost(client, configuration, path):
     assert found["version"] == 201
 
 
-def test_the_configurations_of_an_application_are_listed(client, base_url, configuration, name):
-    client.post("/applications", json={"name": f"other-{name}"})
-    send(client, "PUT", path_of(f"other-{name}", "production"), {"config": {"port": 5432}})
-    others = [send(client, "PUT", path_of(name, each), {"config": {"n": each}}).json() for each in "abc"]
-    ordered = sorted([configuration, *others], key=lambda each: each["id"])
-    page = client.get(path_of(name), params={"limit": 3})
-    assert page.json() == ordered[:3]
-    assert httpx.get(base_url + page.links["next"]["url"]).json() == ordered[3:]
-    for query, found in (
-        ("", ordered),
-        (f"after={ordered[1]['id']}", ordered[2:]),
-        ("name=b", [others[1]]),
-        ('contains={"port": 5432}', [configuration]),
-    ):
-        response = client.get(f"{path_of(name)}?{query}")
-        assert (response.json(), response.links) == (found, {})
-    for query in ("limit=0", "after=x", "contains=[]", f"application_id={configuration['application_id']}"):
-        assert client.get(f"{path_of(name)}?{query}").status_code == 400
-
-
 # --- With services of their own ---
 
 
 @pytest.fixture
 def two_workers(new_database):
-    """A client of a service that takes large bodies, and the URL of its database. There is an application `a`."""
+    """A client of a service with two workers, and the URL of its database. There is an application `a`."""
     with (
         new_database() as url,
-        service(url, workers=2, max_body_bytes=8 * 1024**2) as (_, base),
+        service(url, workers=2) as (_, base),
         httpx.Client(base_url=f"{base}/api/v1", timeout=30) as client,
     ):
         client.post("/applications", json={"name": "a"})
         yield client, url
-
-
-@pytest.mark.slow
-def test_a_patch_that_makes_a_document_too_large_stores_nothing(two_workers):
-    client, url = two_workers
-    path = path_of("a", "large")
-    send(client, "PUT", path, {"config": {"one": "x" * 5 * 1024**2}})
-    before = read(client, path)
-    response = send(client, "PATCH", path, {"config": {"two": "y" * 5 * 1024**2}})
-    assert (response.status_code, response.json()["errors"][0]["type"]) == (400, "too_large")
-    assert read(client, path) == before
-    assert run_sql(url, "SELECT version FROM configuration_versions") == [{"version": 1}]
 
 
 @pytest.mark.slow
@@ -310,7 +252,7 @@ def test_the_recipe_copies_an_application_and_once_more_changes_nothing(two_work
     [recipe] = re.findall(r"^curl [^\n]*\$from .*?^done$", readme, re.DOTALL | re.MULTILINE)
     application = path.split("/")[2]
     hard = {"text": "\n\\ ' \" $HOME `ls` \u2028", "numbers": [2**70, 1.0, 1e300, 1e-7], "large": "é" * 500_000}
-    for number, name in enumerate(NAMES + [f"{n}" for n in range(1000 - len(NAMES))]):
+    for number, name in enumerate(NAMES + [f"{n}" for n in range(100)]):
         body = {"config": {"n": number} if number else hard, "comments": f" {number} " if number % 2 else None}
         assert send(client, "PUT", path_of(application, name), body).status_code == 201
     shown = """
