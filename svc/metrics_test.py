@@ -1,11 +1,9 @@
-import asyncio
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from svc.app import app
 from svc.test.process import until
 
 NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -68,16 +66,11 @@ def test_it_counts_what_is_asked_and_leaves_the_time_of_waiting_out(base_url, cl
     assert puts[1] == puts[0] + 1
 
 
-def test_the_labels_are_no_more_after_10_000_paths_and_methods(base_url):
-    async def ask_all() -> None:
-        for number in range(10_000):
-            path, method = f"/{number}", f"M{number}" if number % 2 else "GET"
-            scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "root_path": ""}
-            scope |= {"query_string": b"", "headers": []}
-            await app(scope, lambda: asyncio.sleep(60), lambda _: asyncio.sleep(0))
-
+def test_the_labels_are_no_more_after_many_paths_and_methods(base_url):
     before = scrape(base_url)["http_requests_total"]
-    asyncio.run(ask_all())
+    with httpx.Client(base_url=base_url) as client:
+        for number in range(100):
+            client.request(("GET", "LOCK", "TRACE", "PROPFIND")[number % 4], f"/{number}")
     after = scrape(base_url)["http_requests_total"]
-    assert after["other", "404"] == before.get(("other", "404"), 0) + 5000
+    assert after["other", "404"] == before.get(("other", "404"), 0) + 75
     assert after.keys() <= before.keys() | {("GET", "404"), ("other", "404"), ("GET", "200")}

@@ -1,16 +1,7 @@
-import asyncio
-from collections.abc import AsyncIterator
-from types import SimpleNamespace
-from typing import Any
-
 import httpx
-import psycopg2
 import pytest
 
-from svc import db, responses
-from svc.app_test import problem
-from svc.models import ApplicationFilter
-from svc.settings import Settings
+from svc.conftest import problem
 from svc.test.process import until
 
 
@@ -55,23 +46,3 @@ def test_pages_are_bounded_by_bytes_and_head_reads_only_the_first(client, applic
     assert (page.json(), statements) == (whole.json()[:2], 1)
     assert client.get(page.links["next"]["url"].removeprefix("/api/v1")).json() == whole.json()[2:]
     assert ask("HEAD", path)[1] == 1
-
-
-def test_of_more_than_32_lists_that_nobody_reads_the_others_are_refused(monkeypatch):
-    monkeypatch.setattr(
-        db, "_settings", Settings(db_deadline=0.1, db_statement_timeout=0.1, db_lock_timeout=0.1), False
-    )
-    monkeypatch.setattr(responses, "_lists", asyncio.Semaphore(32))
-    request: Any = SimpleNamespace(scope={"path": "/", "query_string": b"", "head": False})
-
-    async def pages() -> AsyncIterator[db.Row]:
-        yield {"json": "{}", "last": "x", "more": False}
-
-    async def read() -> None:
-        lists = [await responses.stream_list(request, pages(), ApplicationFilter()) for _ in range(32)]
-        with pytest.raises(psycopg2.OperationalError, match="too many lists"):
-            await responses.stream_list(request, pages(), ApplicationFilter())
-        assert [text async for text in lists[0].body_iterator] == ["[{}]"]
-        await responses.stream_list(request, pages(), ApplicationFilter())
-
-    asyncio.run(read())
