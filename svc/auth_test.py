@@ -1,4 +1,3 @@
-import asyncio
 import re
 import secrets
 import tempfile
@@ -6,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,27 +15,25 @@ import pytest
 
 from svc import auth
 from svc.app import app
-from svc.conftest import run_sql
+from svc.conftest import UNKNOWN, problem, run_sql, send
+from svc.middleware_test import APPLICATIONS, ask, connect, read_all, request
 from svc.test.process import gauge, service, until
 
-UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
-READ_TOKEN = "INSERT INTO tokens (name, hash, role, application_id, expires_at) VALUES (%s, %s, %s, %s, %s)"
+INSERT = "INSERT INTO tokens (name, hash, role, application_id, expires_at) VALUES (%s, %s, %s, %s, %s)"
 
 
 def new_token(url: str, role: str = "write", application_id: str | None = None, expires_at: str | None = None) -> str:
     token = f"cfs_{secrets.token_urlsafe(32)}"
-    hash = auth.sha256(token.encode()).hexdigest()
-    run_sql(url, READ_TOKEN, f"token-{secrets.token_hex(8)}", hash, role, application_id, expires_at)
+    run_sql(url, INSERT, name_of(token), sha256(token.encode()).hexdigest(), role, application_id, expires_at)
     return token
 
 
+def name_of(token: str) -> str:
+    return sha256(token.encode()).hexdigest()[:16]
+
+
 def revoke(url: str, token: str) -> None:
-    run_sql(url, "DELETE FROM tokens WHERE hash = %s", auth.sha256(token.encode()).hexdigest())
-
-
-def name_of(url: str, token: str) -> str:
-    [row] = run_sql(url, "SELECT name FROM tokens WHERE hash = %s", auth.sha256(token.encode()).hexdigest())
-    return row["name"]
+    run_sql(url, "DELETE FROM tokens WHERE name = %s", name_of(token))
 
 
 def bearer(token: str | None) -> dict[str, str]:
@@ -73,16 +71,17 @@ def doors() -> list[tuple[str, str]]:
     )
 
 
+# 401, 403, or None for whoever is let in: to read and to write anything, and below the application `mine`.
 HOLDERS = {
-    "nobody": (401, 401, 401),
-    "a stranger": (401, 401, 401),
-    "an expired token": (401, 401, 401),
-    "a revoked token": (401, 401, 401),
-    "a reader": (None, 403, None),
-    "a writer": (None, None, None),
-    "a reader of the application": (403, 403, None),
-    "a writer of the application": (403, 403, None),
-    "a writer of another application": (403, 403, 403),
+    "nobody": (401, 401, 401, 401),
+    "a stranger": (401, 401, 401, 401),
+    "an expired token": (401, 401, 401, 401),
+    "a revoked token": (401, 401, 401, 401),
+    "a reader": (None, 403, None, 403),
+    "a writer": (None, None, None, None),
+    "a reader of the application": (403, 403, None, 403),
+    "a writer of the application": (403, 403, None, None),
+    "a writer of another application": (403, 403, 403, 403),
 }
 
 
@@ -103,150 +102,99 @@ def tokens(guarded: SimpleNamespace) -> dict[str, str | None]:
     return made
 
 
-def expected(holder: str, method: str, path: str) -> int | None:
-    """401, 403, or None for whoever is let in."""
-    if path in auth.OPEN:
-        return None
-    reads, below = method in ("GET", "HEAD"), path.startswith("/api/v1/applications/mine/configurations")
-    read, write, own = HOLDERS[holder]
-    if below and holder.endswith(" of the application"):
-        return own if reads or "writer" in holder else 403
-    return read if reads else write
-
-
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_every_door_opens_to_those_alone_whom_it_is_for(guarded, tokens, holder):
-    found, wanted = {}, {}
+    errors = {None: "", 401: ', error="invalid_token"', 403: ', error="insufficient_scope"'}
     for method, path in doors():
         response = guarded.client.request(method, path, headers={"Authorization": "", **bearer(tokens[holder])})
-        refused = response.status_code if response.status_code in (401, 403) else None
-        found[method, path] = refused, response.headers.get("www-authenticate")
-        challenge = None
-        if status := expected(holder, method, path):
-            error = {401: ', error="invalid_token"', 403: ', error="insufficient_scope"'}[status]
-            challenge = 'Bearer realm="config-service"' + ("" if holder == "nobody" else error)
-            if method != "HEAD":
-                assert response.headers["content-type"] == "application/problem+json"
-                assert response.json()["status"] == status
-        wanted[method, path] = expected(holder, method, path), challenge
-    assert found == wanted
-    assert len(found) > 25
+        below = path.startswith("/api/v1/applications/mine/configurations")
+        status = HOLDERS[holder][2 * below + (method not in ("GET", "HEAD"))]
+        if status is None or path in auth.OPEN:
+            assert response.status_code not in (401, 403), (method, path)
+            continue
+        assert response.status_code == status, (method, path)
+        error = "" if holder == "nobody" else errors[status]
+        assert response.headers["www-authenticate"] == f'Bearer realm="config-service"{error}'
+        assert method == "HEAD" or problem(response, status)
 
 
 TRICKS = [
-    *(
-        "/api/v1/../api/v1/changes",
-        "//api/v1/changes",
-        "/API/V1/changes",
-        "/api/v1/changes/",
-        "/health/../api/v1/changes",
-    ),
-    *("/api/v1/%63hanges", "/api/v1%2Fchanges", "/api/v1%252Fchanges", "/health%2F..%2Fapi%2Fv1%2Fchanges", "/health/"),
-    *("/health;/../metrics", "/docs/oauth2-redirect", "/redoc", "/%2e%2e/metrics", "/metrics%00", "/metrics?/health"),
-    *(
-        "/health?x=/../../metrics",
-        "http://localhost/api/v1/changes",
-        "http://localhost/metrics",
-        "/./metrics",
-        "/docs/",
-    ),
-    *(
-        "/api/v1/applications/mine/configurations/../../other/configurations/c",
-        "/api/v1/applications/mine%2F..%2Fother",
-    ),
+    *("/api/v1/../api/v1/changes", "//api/v1/changes", "/API/V1/changes", "/api/v1/changes/", "/health/", "/docs/"),
+    *("/health/../api/v1/changes", "/api/v1/%63hanges", "/api/v1%2Fchanges", "/api/v1%252Fchanges", "/./metrics"),
+    *("/health%2F..%2Fapi%2Fv1%2Fchanges", "/health;/../metrics", "/docs/oauth2-redirect", "/redoc", "/metrics%00"),
+    *("/%2e%2e/metrics", "/metrics?/health", "http://localhost/api/v1/changes", "http://localhost/metrics"),
+    *("/x/api/v1/applications/mine/configurations/c", "/api/v1/applications/%256Dine/configurations/c"),
     *("/api/v1/applications/other/configurations/c", "/api/v1/applications/mine/../other/configurations/c"),
     *("/api/v1/applications/MINE/configurations/c", "/api/v1/applications/mine/configurations%2Fc/../../other"),
     *("/api/v1/applications//mine/configurations/c", "/api/v1/applications/mine%2Fconfigurations/configurations/c"),
-    *("/x/api/v1/applications/mine/configurations/c", "/api/v1/applications/%256Dine/configurations/c"),
     *("/api/v1/applications/x/applications/mine/configurations/c", "/applications/mine/configurations/c"),
+    "/api/v1/applications/mine%2F..%2Fother",
 ]
 
 
-async def raw_status(base: str, target: str, token: str | None, method: str = "GET") -> int:
-    host, port = base.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = "".join(f"{name}: {value}\r\n" for name, value in bearer(token).items())
-    writer.write(f"{method} {target} HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
-    status = int((await reader.readline()).split()[1])
-    writer.close()
-    return status
+def raw_status(base: str, target: str, *tokens: str) -> int:
+    """The status of a request whose target and tokens are sent as they are."""
+    with connect(base) as connection:
+        headers = [b"Authorization: " + token.encode() for token in tokens]
+        return ask(connection, request("GET", target, None, *headers)).status_code
 
 
 @pytest.mark.parametrize("target", TRICKS)
 def test_no_spelling_of_a_path_opens_a_door(guarded, tokens, target):
-    assert asyncio.run(raw_status(guarded.base, target, None)) in (400, 401) or target in ("/health?x=/../../metrics",)
-    limited = asyncio.run(raw_status(guarded.base, target, tokens["a writer of the application"]))
-    below = "/api/v1/applications/mine/configurations/"
-    assert limited in (400, 403) or target.startswith((below, "/health?"))
-    if target.startswith(below):
-        assert limited == 404  # a name like any other
+    assert raw_status(guarded.base, target) in (400, 401)
+    assert raw_status(guarded.base, target, f"Bearer {tokens['a writer of the application']}") in (400, 403)
 
 
-@pytest.mark.parametrize("value", ["", "Bearer", "Basic eDp5", "Token x", "Bearer é"])
-def test_another_header_than_a_bearer_token_is_401(guarded, value):
-    response = httpx.get(f"{guarded.base}/api/v1/changes", headers={"Authorization": value.encode()})
-    assert response.status_code == 401
+def test_what_looks_like_another_path_below_an_application_is_a_name_there(guarded, tokens):
+    target = "/api/v1/applications/mine/configurations/../../other/configurations/c"
+    assert raw_status(guarded.base, target, f"Bearer {tokens['a writer of the application']}") == 404
+    assert raw_status(guarded.base, target) == 401
 
 
-def test_the_scheme_is_written_in_any_case_and_a_second_header_is_refused(guarded):
-    path = f"{guarded.base}/api/v1/changes"
-    assert httpx.get(path, headers={"Authorization": f"bEARER {guarded.admin}"}).status_code == 200
-    twice = [("Authorization", f"Bearer {guarded.admin}")] * 2
-    assert httpx.get(path, headers=twice).status_code == 401
+def test_one_bearer_token_is_taken_its_scheme_in_any_case_and_nothing_else(guarded):
+    token = f"bEARER {guarded.admin}"
+    assert raw_status(guarded.base, "/api/v1/changes", token) == 200
+    for refused in ([""], ["Basic eDp5"], ["Bearer é"], [token, token]):
+        assert raw_status(guarded.base, "/api/v1/changes", *refused) == 401
 
 
 def test_a_body_is_not_read_before_the_token_is_checked(guarded):
-    async def status() -> bytes:
-        host, port = guarded.base.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /api/v1/applications HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n")
-        line = await reader.readline()
-        writer.close()
-        return line
-
-    assert b" 401 " in asyncio.run(status())
+    with connect(guarded.base) as connection:
+        assert ask(connection, request("POST", APPLICATIONS, None, b"Content-Length: 9000000")).status_code == 401
 
 
-def test_a_token_follows_its_application_through_a_rename(guarded):
-    client = guarded.client
-    first = client.post("/api/v1/applications", json={"name": "before"}).json()
-    token = new_token(guarded.url, "write", first["id"])
+def test_a_rename_and_a_revocation_count_within_a_second_and_end_a_long_poll(guarded):
+    owner = guarded.client.post("/api/v1/applications", json={"name": "before"}).json()
+    renamed, revoked = new_token(guarded.url, "write", owner["id"]), new_token(guarded.url, "read")
     old, new = (f"{guarded.base}/api/v1/applications/{name}/configurations" for name in ("before", "after"))
-    assert httpx.get(old, headers=bearer(token)).status_code == 200
-    client.put(f"/api/v1/applications/{first['id']}", json={"name": "after"})
-    client.post("/api/v1/applications", json={"name": "before"})
-    until(lambda: httpx.get(old, headers=bearer(token)).status_code == 403, 1.3)
-    assert httpx.get(new, headers=bearer(token)).status_code == 200
-
-
-def test_a_long_poll_ends_with_401_within_a_second_of_the_revocation(guarded):
-    token = new_token(guarded.url, "read")
-    path = f"{guarded.base}/api/v1/applications/mine/configurations/watched"
-    etag = guarded.client.put(path, json={"config": {}}).headers["etag"]
+    watched = f"{guarded.base}/api/v1/applications/mine/configurations/c"
+    headers = {**bearer(revoked), "If-None-Match": guarded.client.get(watched).headers["etag"]}
+    assert httpx.get(old, headers=bearer(renamed)).status_code == 200
     with ThreadPoolExecutor(1) as thread:
-        headers = {**bearer(token), "If-None-Match": etag}
-        waiting = thread.submit(httpx.get, path, params={"wait": 30}, headers=headers, timeout=40)
+        waiting = thread.submit(httpx.get, watched, params={"wait": 30}, headers=headers, timeout=40)
         until(lambda: gauge(guarded.client.get("/metrics").text, "config_service_waiters") == 1)
-        revoke(guarded.url, token)
+        revoke(guarded.url, revoked)
+        guarded.client.put(f"/api/v1/applications/{owner['id']}", json={"name": "after"})
+        guarded.client.post("/api/v1/applications", json={"name": "before"})
         started = time.monotonic()
+        until(lambda: httpx.get(old, headers=bearer(renamed)).status_code == 403)
         assert waiting.result().status_code == 401
         assert time.monotonic() - started < 1.3
+    assert httpx.get(new, headers=bearer(renamed)).status_code == 200
 
 
 def test_many_unknown_tokens_cost_one_statement_a_second(guarded):
-    def statements() -> int:
+    def count_statements() -> int:
         guarded.log.seek(0)
         return guarded.log.read().count("read_tokens")
 
-    async def ask(times: int) -> set[int]:
-        return {await raw_status(guarded.base, "/api/v1/changes", f"cfs_{secrets.token_hex(9)}") for _ in range(times)}
+    def ask_twice(number: int) -> set[int]:
+        return {raw_status(guarded.base, "/api/v1/changes", f"Bearer {number}-{turn}") for turn in range(2)}
 
-    async def all_at_once() -> list[set[int]]:
-        return await asyncio.gather(*(ask(2) for _ in range(500)))
-
-    before, started = statements(), time.monotonic()
-    assert set.union(*asyncio.run(all_at_once())) == {401}
-    assert statements() - before <= time.monotonic() - started + 2
+    before, started = count_statements(), time.monotonic()
+    with ThreadPoolExecutor(100) as threads:
+        assert set.union(*threads.map(ask_twice, range(100))) == {401}
+    assert count_statements() - before <= time.monotonic() - started + 2
 
 
 # --- What stands in the log and in history ---
@@ -255,46 +203,50 @@ def test_many_unknown_tokens_cost_one_statement_a_second(guarded):
 def test_writes_and_refusals_are_one_line_each_with_the_actor_and_no_token(guarded):
     reader = new_token(guarded.url, "read")
     path = f"/api/v1/applications/mine/configurations/{secrets.token_hex(8)}%0Aforged"
-    guarded.client.put(path, json={"config": {}})
+    put = request("PUT", path, b'{"config": {}}', f"Authorization: Bearer {guarded.admin}".encode())
+    read_all(guarded.base, put + request("PUT", path, b"", b"Connection: close"))  # the second without a token
+    guarded.client.get(path)
     httpx.put(guarded.base + path, headers=bearer(reader), json={"config": {}})
     httpx.get(guarded.base + path, headers=bearer("cfs_unknown"))
     guarded.log.seek(0)
-    lines = [line for line in guarded.log.read().split("\n") if path in line]
-    shape = r"\S+ \S+ INFO svc\.middleware: (\S+) (\S+) \S+ (\d+) \d+\.\d ms"
-    found = [re.fullmatch(shape, line).groups() for line in lines]
-    assert found == [
-        (f"token:{name_of(guarded.url, guarded.admin)}", "PUT", "201"),
-        (f"token:{name_of(guarded.url, reader)}", "PUT", "403"),
-        ("anonymous", "GET", "401"),
+    log = guarded.log.read()
+    shape = rf"^\S+ \S+ (\w+) svc\.middleware: (\S+) (\w+) {path} (\d+) \d+\.\d ms$"
+    assert re.findall(shape, log, re.MULTILINE) == [
+        ("INFO", f"token:{name_of(guarded.admin)}", "PUT", "201"),
+        ("INFO", "anonymous", "PUT", "401"),
+        ("DEBUG", f"token:{name_of(guarded.admin)}", "GET", "200"),
+        ("INFO", f"token:{name_of(reader)}", "PUT", "403"),
+        ("INFO", "anonymous", "GET", "401"),
     ]
-    guarded.log.seek(0)
-    assert "cfs_" not in guarded.log.read()
+    assert "cfs_" not in log
 
 
 def test_every_kind_of_write_is_recorded_with_who_made_it(guarded):
     name, token = secrets.token_hex(8), new_token(guarded.url)
-    mine, patch = f"token:{name_of(guarded.url, token)}", {"Content-Type": "application/merge-patch+json"}
+    path = f"/applications/{name}/configurations/c"
     with httpx.Client(base_url=f"{guarded.base}/api/v1", headers=bearer(token)) as client:
-        application = client.post("/applications", json={"name": name}).json()
-        body = {"application_id": application["id"], "name": "c", "config": {}}
-        one = client.post("/configurations", json=body).json()["id"]
-        client.put(f"/configurations/{one}", json={"config": {"a": 1}})
-        client.patch(f"/configurations/{one}", content='{"config": {"b": 1}}', headers=patch)
-        client.put(f"/applications/{name}/configurations/c", json={"config": {"c": 1}})
-        client.patch(f"/applications/{name}/configurations/c", content='{"comments": "x"}', headers=patch)
-        client.post(f"/configurations/{one}/versions/1/restore")
-        client.delete(f"/applications/{name}/configurations/c")
-        client.post(f"/configurations/{one}/versions/1/restore")
-        client.delete(f"/configurations/{one}")
-        client.put(f"/applications/{name}/configurations/d", json={"config": {}})
-        run_sql(
-            guarded.url, "UPDATE configurations SET comments = 'by hand' WHERE application_id = %s", application["id"]
-        )
-        client.delete(f"/applications/{application['id']}?cascade=true")
-        rows = client.get("/changes", params={"application_id": application["id"]}).json()
+        owner = send(client, "POST", "/applications", {"name": name}).json()["id"]
+        body = {"application_id": owner, "name": "c", "config": {}}
+        by_id = f"/configurations/{send(client, 'POST', '/configurations', body).json()['id']}"
+        for method, to, body in (
+            ("PUT", by_id, {"config": {"a": 1}}),
+            ("PATCH", by_id, {"config": {"b": 1}}),
+            ("PUT", path, {"config": {"c": 1}}),
+            ("PATCH", path, {"comments": "x"}),
+            ("POST", f"{by_id}/versions/1/restore", None),
+            ("DELETE", path, None),
+            ("POST", f"{by_id}/versions/1/restore", None),
+            ("DELETE", by_id, None),
+            ("PUT", path, {"config": {}}),
+        ):
+            assert send(client, method, to, body).is_success
+        run_sql(guarded.url, "UPDATE configurations SET comments = 'by hand' WHERE application_id = %s", owner)
+        client.delete(f"/applications/{owner}?cascade=true")
+        rows = client.get("/changes", params={"application_id": owner}).json()
     user = psycopg2.extensions.parse_dsn(guarded.url)["user"]
     found = [(row["operation"], row["actor"]) for row in reversed(rows)]
     operations = ["create", *["update"] * 5, "delete", "create", "delete", "create"]
+    mine = f"token:{name_of(token)}"
     assert found == [*((each, mine) for each in operations), ("update", f"database:{user}"), ("delete", mine)]
 
 
@@ -306,7 +258,7 @@ def test_no_version_carries_the_name_of_another_under_load(new_database):
             client.post("/api/v1/applications", json={"name": "a"})
 
         def write(token: str) -> None:
-            name = name_of(url, token)
+            name = name_of(token)
             with httpx.Client(base_url=f"{base}/api/v1/applications/a", headers=bearer(token), timeout=30) as client:
                 for number in range(200):
                     made = client.put(f"/configurations/{number % 10}", json={"config": {"by": name, "n": number}})
@@ -322,7 +274,7 @@ def test_no_version_carries_the_name_of_another_under_load(new_database):
 @pytest.mark.slow
 def test_tokens_come_and_go_while_others_read(new_database):
     with new_database() as url, service(url, auth="on", workers=2) as (_, base):
-        until_when, refused, admitted = time.monotonic() + 8, [], []
+        until_when, refused, admitted = time.monotonic() + 4, [], []
 
         def come_and_go(_: int) -> None:
             with httpx.Client(base_url=base, verify=False, timeout=30) as client:
@@ -352,7 +304,7 @@ def test_the_last_tokens_count_while_the_database_is_away_and_without_any_it_is_
         run_sql(postgres, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
         with service(url, auth="on") as (_, other):
             until(lambda: httpx.get(f"{base}/health").status_code == 503)
-            end = time.monotonic() + auth.READ_EVERY * 2  # so that the tokens are read again, in vain
+            end = time.monotonic() + auth.READ_EVERY * 1.2  # so that the tokens are read again, in vain
             until(lambda: time.monotonic() > end or httpx.get(base + path, headers=bearer(good)).status_code != 404)
             assert httpx.get(base + path, headers=bearer(good)).status_code == 404
             assert httpx.get(base + path, headers=bearer("cfs_x")).status_code == 503
@@ -381,32 +333,27 @@ def test_tokens_come_and_go_also_while_every_connection_is_busy_and_the_queue_is
 
 
 @pytest.mark.slow
-def test_who_asks_while_the_tokens_are_read_for_the_first_time_waits_for_them(new_database):
-    with new_database() as url, service(url, auth="on") as (_, base), closing(psycopg2.connect(url)) as other:
-        good = new_token(url)
-        other.cursor().execute("LOCK TABLE tokens")
-        with ThreadPoolExecutor(8) as clients:
-            asked = [clients.submit(httpx.get, f"{base}/nothing", headers=bearer(good)) for _ in range(8)]
-        assert [each.result().status_code for each in asked] == [503] * 8
-        other.rollback()
-        assert httpx.get(f"{base}/nothing", headers=bearer(good)).status_code == 404
-
-
-@pytest.mark.slow
 def test_all_who_wait_for_the_tokens_share_one_reading_however_long_it_takes(new_database):
-    def ask_once_due(base: str, token: str, number: int) -> list[Future[httpx.Response]]:
-        due = time.monotonic() + auth.READ_EVERY
-        until(lambda: time.monotonic() > due)
-        return [clients.submit(httpx.get, f"{base}/nothing", headers=bearer(token), timeout=30) for _ in range(number)]
-
     with new_database() as url, service(url, auth="on") as (_, base), closing(psycopg2.connect(url)) as other:
         good = new_token(url)
-        assert httpx.get(f"{base}/nothing", headers=bearer(good)).status_code == 404
-        other.cursor().execute("LOCK TABLE tokens")
-        with ThreadPoolExecutor(9) as clients:
-            asked = [*ask_once_due(base, good, 1), *ask_once_due(base, good, 8)]
-        answers = [each.result() for each in asked]
-    assert [each.status_code for each in answers] == [404] * 9
+
+        def ask_at_once(number: int) -> list[Future[httpx.Response]]:
+            return [threads.submit(httpx.get, f"{base}/x", headers=bearer(good), timeout=30) for _ in range(number)]
+
+        def ask_once_due(number: int) -> list[Future[httpx.Response]]:
+            due = time.monotonic() + auth.READ_EVERY
+            until(lambda: time.monotonic() > due)
+            return ask_at_once(number)
+
+        with ThreadPoolExecutor(9) as threads:
+            other.cursor().execute("LOCK TABLE tokens")
+            assert {each.result().status_code for each in ask_at_once(8)} == {503}  # they were never read
+            other.rollback()
+            assert ask_at_once(1)[0].result().status_code == 404
+            other.cursor().execute("LOCK TABLE tokens")
+            asked = [*ask_once_due(1), *ask_once_due(8)]
+            answers = [each.result() for each in asked]
+    assert {each.status_code for each in answers} == {404}
     # The first reading fails after the 2 s of DB_LOCK_TIMEOUT, and a second one.
     assert max(each.elapsed.total_seconds() for each in answers) < 5
 
@@ -432,12 +379,8 @@ def test_a_token_is_printed_once_and_its_hash_is_stored_alone(token, sql, applic
     made = token("new", name, "--role", "read", "--application", application["name"], "--expires", "3").strip()
     assert re.fullmatch(r"cfs_[A-Za-z0-9_-]{43}", made)
     [row] = sql("SELECT *, expires_at::date - now()::date AS days FROM tokens WHERE name = %s", name)
-    assert (row["hash"], row["role"], row["application_id"], row["days"]) == (
-        auth.sha256(made.encode()).hexdigest(),
-        "read",
-        application["id"],
-        3,
-    )
+    stored = {"hash": sha256(made.encode()).hexdigest(), "role": "read", "application_id": application["id"], "days": 3}
+    assert stored.items() <= row.items()
     assert made not in str(row)
     listed = token("list")
     assert f"{name}  read  {application['name']}" in listed
@@ -446,7 +389,7 @@ def test_a_token_is_printed_once_and_its_hash_is_stored_alone(token, sql, applic
     assert sql("SELECT FROM tokens WHERE name = %s", name) == []
 
 
-def test_a_mistake_is_one_line_and_makes_nothing(token, sql, name):
+def test_a_mistake_is_one_line_that_repeats_no_secret_and_makes_nothing(token, capsys, sql, name):
     token("new", name, "--role", "write")
     for arguments in (
         ("new", name, "--role", "write"),
@@ -455,20 +398,13 @@ def test_a_mistake_is_one_line_and_makes_nothing(token, sql, name):
         ("new", f"{name}-3", "--role", "admin"),
         ("new", f"{name}-4"),
         ("revoke", "nobody"),
+        ("revoke", "nobody", "hunter2"),
+        ("list", "--database-url", "postgresql://u:hunter2@h/d"),
+        ("hunter2",),
         (),
     ):
         with pytest.raises(SystemExit) as stopped:
             token(*arguments)
-        assert "\n" not in str(stopped.value)
+        said = capsys.readouterr().err or f"{stopped.value}\n"
+        assert (said.count("\n"), "hunter2" in said) == (1, False)
     assert [row["name"] for row in sql("SELECT name FROM tokens WHERE name LIKE %s", f"{name}%")] == [name]
-
-
-def test_wrong_usage_repeats_no_value_which_may_be_a_secret(token, capsys):
-    for arguments in (
-        ("list", "--database-url", "postgresql://u:hunter2@h/d"),
-        ("hunter2",),
-        ("revoke", "a", "hunter2"),
-    ):
-        with pytest.raises(SystemExit):
-            token(*arguments)
-    assert "hunter2" not in capsys.readouterr().err
