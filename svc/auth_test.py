@@ -167,8 +167,9 @@ def test_a_rename_and_a_revocation_count_within_a_second_and_end_a_long_poll(gua
     owner = guarded.client.post("/api/v1/applications", json={"name": "before"}).json()
     renamed, revoked = new_token(guarded.url, "write", owner["id"]), new_token(guarded.url, "read")
     old, new = (f"{guarded.base}/api/v1/applications/{name}/configurations" for name in ("before", "after"))
-    watched = f"{guarded.base}/api/v1/applications/mine/configurations/c"
-    headers = {**bearer(revoked), "If-None-Match": guarded.client.get(watched).headers["etag"]}
+    watched = f"{guarded.base}/api/v1/applications/mine/configurations/watched"
+    etag = guarded.client.put(watched, json={"config": {}}).headers["etag"]
+    headers = {**bearer(revoked), "If-None-Match": etag}
     assert httpx.get(old, headers=bearer(renamed)).status_code == 200
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(httpx.get, watched, params={"wait": 30}, headers=headers, timeout=40)

@@ -1,7 +1,6 @@
 """Any bytes on a connection: bad requests, large and slow bodies, and what they may do to the requests beside them."""
 
 import json
-import logging
 import random
 import re
 import resource
@@ -15,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from hashlib import sha256
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from statistics import median
@@ -26,16 +24,13 @@ import httpx
 import pytest
 from ulid import ULID
 
-from svc.conftest import run_sql
-from svc.models import Problem
+from svc.conftest import UNKNOWN, problem, run_sql
 from svc.test.process import environment, free_port, service, until
 
 APPLICATIONS = "/api/v1/applications"
 CONFIGURATIONS = "/api/v1/configurations"
-UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 LIMIT = 1024**2
-SECRET = "hunter2"
-FIND_SECRET = f"SELECT FROM applications WHERE name LIKE '{SECRET}%'"
+FIND_SECRET = "SELECT FROM applications WHERE name LIKE 'hunter2%'"
 JSON = b"Content-Type: application/json"
 CHUNKED = b"Transfer-Encoding: chunked"
 
@@ -85,18 +80,6 @@ def serves_on(connection: socket.socket) -> None:
     assert ask(connection, request()).json() == {"status": "ok"}
 
 
-def problem(answer: httpx.Response, status: int) -> Problem:
-    """The problem that is answered. It shows nothing of the request's values and nothing of the inside."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    for word in (SECRET, "Traceback", "psycopg", "SELECT", "svc/"):
-        assert word not in answer.text
-    found = Problem.model_validate_json(answer.text)
-    assert found.status == status
-    assert bool(found.errors) == (status == 400)
-    return found
-
-
 @pytest.fixture
 def connection(base_url) -> Iterator[socket.socket]:
     with connect(base_url) as made:
@@ -113,10 +96,9 @@ BODIES = [
 ]
 TYPES = [b"application/x-www-form-urlencoded", b"multipart/form-data", b"text/plain", b'\xff\xfe;="']
 QUERIES = ["=hunter2", "%00", "name=hunter2%ff", "name=hunter2%00", "name=", "name=" + "hunter2" * 1000]
-QUERIES += ["limit=0", "limit=1.5", "limit=" + "9" * 5000, f"after={UNKNOWN.lower()}"]
+QUERIES += ["limit=0", "limit=1001", "limit=1.5", "limit=" + "9" * 5000, f"after={UNKNOWN.lower()}"]
 PATHS = [
     *((f"{APPLICATIONS}/{id}", 400) for id in ("%00", "%ff", "%zz", "%", f"{UNKNOWN}%0a", "a%2Fb", "a" * 60_000)),
-    *((f"{APPLICATIONS}/{name}/configurations/n", 400) for name in ("%00", "%ff", "%ed%a0%80", "%20")),
     *((path, 404) for path in ("*", "/" * 60_000, "//api/v1/applications", "/API/V1/applications", "/api/v1/../v1")),
     *((f"{APPLICATIONS}/{rest}", 404) for rest in ("", UNKNOWN, "a%2Fb/configurations/c/d%2Fe")),
 ]
@@ -151,12 +133,12 @@ def test_an_unknown_query_parameter_is_refused_by_every_route_before_it_does_any
 
 
 def test_head_answers_as_get_without_a_body_and_ignores_one(connection, application):
-    path = f"{APPLICATIONS}/{application['id']}"
-    get, head = ask(connection, request("GET", path)), ask(connection, request("HEAD", path, b"hunter2"), "HEAD")
-    for each in (get, head):
-        del each.headers["date"]
-    assert (head.status_code, head.headers, head.content) == (200, get.headers, b"")
-    serves_on(connection)
+    for path in (f"{APPLICATIONS}/{application['id']}", f"{APPLICATIONS}/{UNKNOWN}", "/health/live"):
+        get, head = ask(connection, request("GET", path)), ask(connection, request("HEAD", path, b"hunter2"), "HEAD")
+        for each in (get, head):
+            del each.headers["date"]
+        assert (head.status_code, head.headers, head.content) == (get.status_code, get.headers, b"")
+        serves_on(connection)
 
 
 UPGRADES = [
@@ -241,39 +223,13 @@ def test_no_request_whatever_it_holds_is_answered_with_5xx(base_url, sql):
 # --- Failures and the log ---
 
 
-def test_every_write_is_one_line_in_the_log_and_no_read_is(connection, caplog, name):
-    forged = f"{APPLICATIONS}%0A%0D2026-01-01%20INFO%20token:root"
-    ask(connection, request("POST", APPLICATIONS, b'{"name": "%s"}' % name.encode()))
-    for method in ("GET", "HEAD"):
-        ask(connection, request(method, APPLICATIONS), method)
-    ask(connection, request("PUT", forged, b"{}"))
-    lines = until(lambda: len(own := [each for each in caplog.records if each.name == "svc.middleware"]) > 1 and own)
-    pattern = rf"anonymous POST {APPLICATIONS} 201 \d+\.\d ms;anonymous PUT {forged} 404 \d+\.\d ms"
-    assert re.fullmatch(pattern, ";".join(each.getMessage() for each in lines))
-
-
-def test_who_is_refused_is_not_logged_as_who_asked_before_on_the_same_connection(url, sql, tmp_path, name):
-    sql("INSERT INTO tokens (name, hash, role) VALUES (%s, %s, 'write')", name, sha256(b"t").hexdigest())
-    with (tmp_path / "log").open("w") as output, service(url, output=output, auth="on") as (_, base):
-        body = b'{"name": "%s"}' % name.encode()
-        admitted = request("POST", APPLICATIONS, body, b"Authorization: Bearer t")
-        read_all(base, admitted + request("POST", APPLICATIONS, body))  # sent at once
-    actors = re.findall(rf"(\S+) POST {APPLICATIONS} (\d+)", (tmp_path / "log").read_text())
-    assert actors == [(f"token:{name}", "201"), ("anonymous", "401")]
-
-
-@pytest.mark.parametrize(("name", "words"), [("port", "PORT: Input should be"), ("database_url", "is not set")])
-def test_uvicorn_ends_with_one_line_that_says_which_setting_is_wrong(name, words):
+def test_uvicorn_ends_with_one_line_that_says_which_setting_is_wrong():
     command = [sys.executable, "-m", "uvicorn", "svc.app:app", "--port", str(free_port()), "--log-level", "error"]
-    given = environment(**{"database_url": "postgresql://", name: SECRET if name == "port" else None})
-    ended = subprocess.run(command, env=given, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(command, env=environment(port="hunter2"), capture_output=True, text=True, timeout=30)
     first, last = ended.stderr.splitlines()
-    assert words in first
-    assert (SECRET in ended.stderr, last, ended.returncode) == (
-        False,
-        "ERROR:    Application startup failed. Exiting.",
-        3,
-    )
+    assert "PORT: Input should be" in first
+    assert "hunter2" not in first
+    assert (last, ended.returncode) == ("ERROR:    Application startup failed. Exiting.", 3)
 
 
 def test_a_request_that_is_cut_off_at_shutdown_is_503(url):
@@ -322,7 +278,6 @@ def impatient(url, tmp_path_factory) -> Iterator[tuple[str, Path]]:
 
 
 SLOW = {
-    "nothing after the head": (request("POST", APPLICATIONS, None, b"Content-Length: 10"), b""),
     "half of it": (request("POST", APPLICATIONS, None, b"Content-Length: 30") + b'{"name": "hunter2"}', b""),
     "a byte now and then": (request("POST", APPLICATIONS, None, b"Content-Length: 100"), b" "),
     "chunks that never end": (request("PUT", f"{APPLICATIONS}/{UNKNOWN}", None, CHUNKED), chunks(b" ")),
@@ -412,15 +367,6 @@ def test_a_heavy_body_keeps_others_waiting_for_less_than_a_second_and_its_answer
         assert len(problem(answer, 400).errors) <= 20
         assert len(answer.content) < 20_000
         assert client.get(path).json() == configuration
-
-
-def test_head_of_a_list_reads_its_first_page_alone(client, url, caplog):
-    caplog.set_level(logging.DEBUG, "svc.db")
-    with documents(url, 3) as [application, *_]:
-        for method, pages in (("HEAD", 1), ("GET", 3)):
-            caplog.clear()
-            assert client.request(method, f"/configurations?application_id={application}").status_code == 200
-            assert sum("list_configurations took" in message for message in caplog.messages) == pages
 
 
 @pytest.mark.parametrize("path", [f"{CONFIGURATIONS}?application_id={{application}}", f"{CONFIGURATIONS}/{{large}}"])
