@@ -221,6 +221,7 @@ def listed(client) -> SimpleNamespace:
         config = {"database": {"host": f"db{number % 2}", "port": 5432}, "tags": ["a", prefix], "number": number}
         body = {"application_id": applications[0], "name": f"n{number}", "config": config}
         configuration = client.post("/configurations", json=body).json()["id"]
+    client.post("/configurations", json={**body, "application_id": applications[1], "name": "n3"})
     for number in range(6):
         client.put(f"/configurations/{configuration}", json={"comments": str(number)})
     return SimpleNamespace(first=min(applications), application=applications[0], id=configuration, prefix=prefix)
