@@ -45,6 +45,10 @@ BROKEN = {
     "4,301 digits": (b"9" * 4301, "number out of range at line 2 column 4302"),
     "100,000 open brackets": (b"[" * 100_000, "recursion limit exceeded at line 2 column 201"),
     "a number beyond a double": (b'{"a":[-1e400]}', "A number is beyond the range of a double"),
+    "30,000 numbers of 309 digits": (
+        b'{"a":[%s]}' % b",".join([b"1e308"] * 30_000),
+        "The large numbers have more than 8388608 digits together",
+    ),
     "400 digits and a fraction": (b'{"a":' + b"9" * 400 + b".0}", "A number is beyond the range of a double"),
     "a key twice": (b'{"a":[{"port":1,"b":2,"port":1}]}', 'Duplicate key "port" in an object'),
     "a key twice, once escaped": (rb'{"a":1,"\u0061":2}', 'Duplicate key "a" in an object'),
