@@ -45,5 +45,6 @@ def test_pages_are_bounded_by_bytes_and_head_reads_only_the_first(client, applic
     page, statements = ask("GET", f"{path}&limit=4")
     assert (page.json(), statements) == (whole.json()[:2], 1)
     assert client.get(page.links["next"]["url"].removeprefix("/api/v1")).json() == whole.json()[2:]
+    assert len(client.get(f"/changes?application_id={application['id']}").json()) == 4  # without documents: one page
     head, statements = ask("HEAD", path)
     assert (head.status_code, statements) == (200, 1)
