@@ -1,4 +1,4 @@
-"""A PostgreSQL 16 and a database for this run alone, the service on it over real HTTP, and ways to look behind it."""
+"""A PostgreSQL 16 and a database for this run alone, the service on it over real HTTP, and ways to ask and look."""
 
 import json
 import os
