@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 import fastapi
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -172,7 +173,11 @@ class Route(APIRoute):
                 if invalid:
                     raise RequestValidationError(invalid)
             response = await self.endpoint(request, **values)
-        await response(scope, receive, send)
+        try:
+            await response(scope, receive, send)
+        finally:
+            if isinstance(response, StreamingResponse):
+                await response.body_iterator.aclose()  # else a list that broke off would keep its turn
 
 
 def _check_query(query: str, known: set[str]) -> None:

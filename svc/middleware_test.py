@@ -401,6 +401,7 @@ def test_readers_of_lists_who_do_not_read_fill_no_memory_and_starve_nobody(new_d
             stack.enter_context(connect(base)).sendall(request("GET", CONFIGURATIONS + query))
         assert max(time_reads(base, id, 6)) < 1  # until the last of them was cut off
         assert read_memory(process) - before < 250
+        until(lambda: httpx.get(base + CONFIGURATIONS).is_success)  # their turns are given back
 
 
 # Every document has each x and each y. That no object has both of the last is known once all were compared.
