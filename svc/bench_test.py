@@ -91,6 +91,7 @@ def test_a_whole_run_has_every_row(wrk):
     assert float(lines["MB resident after load"][0]) > 20
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_stops_what_it_started(wrk, tmp_path, monkeypatch):
     wrk.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 600\n")
     command = [*COMMAND, "--only=process"]

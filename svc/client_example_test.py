@@ -83,7 +83,7 @@ def proxy(base: str, requests: list[Any]) -> Iterator[str]:
             self.wfile.write(answer.content)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever).start()
+        Thread(target=server.serve_forever, args=[0.01]).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
@@ -94,14 +94,15 @@ def test_the_client_asks_without_waiting_behind_a_proxy_that_drops_if_none_match
     base_url, name, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CONFIG_TOKEN", "secret")
+    monkeypatch.setattr(client_example.random, "uniform", min)  # the pause after an error is as short as it may be
     requests: list[Any] = []
     location = create(base_url, name)
     with proxy(base_url, requests) as base:
-        heard = client_example.configurations(base, name, "production", str(tmp_path / "copy"), wait=1)
+        heard = client_example.configurations(base, name, "production", str(tmp_path / "copy"), wait=0.1)
         assert next(heard) == {"n": 1}
         httpx.put(location, json={"config": {"n": 2}})
         assert next(heard) == {"n": 2}
-        assert requests == [("", "Bearer secret"), ("wait=1", "Bearer secret"), ("", "Bearer secret")]
+        assert requests == [("", "Bearer secret"), ("wait=0.1", "Bearer secret"), ("", "Bearer secret")]
         httpx.delete(location)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             next(heard)

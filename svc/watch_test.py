@@ -139,14 +139,15 @@ def test_nothing_that_happens_in_a_look_ends_the_looking_and_it_is_logged_once(
     async def fail_thrice(keys: Collection[repo.Key]) -> dict[repo.Key, str]:
         looks.append(keys)
         if len(looks) <= 3:
-            await asyncio.sleep(0.2)  # how long it takes to fail does not put off the next
+            await asyncio.sleep(0.1)  # how long it takes to fail does not put off the next
             raise RuntimeError("no luck")
         return await read_etags(keys)
 
     monkeypatch.setattr(repo, "read_etags", fail_thrice)
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
     waiting = wait()
     sql("UPDATE configurations SET config = '{}' WHERE id = %s", configuration["id"])
-    assert waiting.result(3).json()["config"] == {}
+    assert waiting.result(1.5).json()["config"] == {}
     assert len(looks) > 3
     assert caplog.messages.count("changes cannot be seen: no luck") == 1
 
