@@ -5,39 +5,28 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import Queue
 from threading import Thread
 from typing import Any
+from wsgiref.simple_server import make_server
 
 import httpx
 import pytest
 
 from svc import client_example
 from svc.conftest import run_sql
-from svc.test.process import free_port, service
+from svc.test.process import free_port, service, until
 
 
 @contextmanager
-def client(base: str, copy: Path) -> Iterator[Queue[Any]]:
-    """The example, run as a program. The queue has every configuration that it prints, and at last its exit code."""
+def client(base: str, copy: Path, printed: Path) -> Iterator[subprocess.Popen[str]]:
+    """The example, run as a program that prints to a file."""
     command = [sys.executable, client_example.__file__, base, "billing", "production", str(copy)]
-    printed: Queue[Any] = Queue()
-
-    def read(process: subprocess.Popen[str]) -> None:
-        for line in process.stdout:
-            printed.put(json.loads(line))
-        printed.put(process.wait())
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        reader = Thread(target=read, args=[process])
-        reader.start()
+    with printed.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL) as process:
         try:
-            yield printed
+            yield process
         finally:
             process.kill()
-            reader.join()
 
 
 def create(base: str, application_name: str = "billing") -> str:
@@ -49,40 +38,40 @@ def create(base: str, application_name: str = "billing") -> str:
 
 @pytest.mark.slow
 def test_the_client_hears_of_changes_over_restarts_starts_from_its_copy_and_ends_at_404(new_database, tmp_path):
+    copy, one, other = (tmp_path / name for name in ("copy", "one", "other"))
     port = free_port()
     base = f"http://127.0.0.1:{port}"
     with new_database() as url:
         with service(url, port=port):
             location = create(base)
-        with client(base, tmp_path / "copy") as first:
+        with client(base, copy, one) as first:
             with service(url, port=port):
-                assert first.get(timeout=40) == {"n": 1}
+                until(lambda: one.read_text() == '{"n": 1}\n', 40)
                 httpx.put(location, json={"config": {"n": 2}})
-                assert first.get(timeout=10) == {"n": 2}
-            with client(base, tmp_path / "copy") as second:
-                assert second.get(timeout=10) == {"n": 2}
+                until(lambda: one.read_text() == '{"n": 1}\n{"n": 2}\n', 10)
+            with client(base, copy, other) as second:
+                until(lambda: other.read_text() == '{"n": 2}\n', 10)
                 run_sql(url, "UPDATE configurations SET config = '{\"n\": 3}'")
                 with service(url, port=port):
-                    assert (first.get(timeout=40), second.get(timeout=40)) == ({"n": 3}, {"n": 3})
+                    until(lambda: one.read_text().endswith('{"n": 2}\n{"n": 3}\n'), 40)
+                    until(lambda: other.read_text() == '{"n": 2}\n{"n": 3}\n', 40)
                     httpx.delete(location)
-                    assert (first.get(timeout=10), second.get(timeout=10)) == (1, 1)
-    assert json.loads((tmp_path / "copy").read_text())["config"] == {"n": 3}
+                    assert (first.wait(10), second.wait(10)) == (1, 1)
+    assert json.loads(copy.read_text())["config"] == {"n": 3}
 
 
 @contextmanager
 def proxy(base: str, requests: list[Any]) -> Iterator[str]:
-    """The URL of a proxy that drops If-None-Match. It notes the path and the token of each request."""
+    """The URL of a proxy that drops If-None-Match. It notes the query and the token of each request."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append((self.path.partition("?")[2], self.headers["Authorization"]))
-            answer = httpx.get(base + self.path)
-            self.send_response(answer.status_code if len(requests) < 9 else 404)  # ends what asks without a pause
-            self.send_header("ETag", answer.headers.get("etag", ""))
-            self.end_headers()
-            self.wfile.write(answer.content)
+    def answer(environ: Any, start_response: Any) -> list[bytes]:
+        requests.append((environ["QUERY_STRING"], environ["HTTP_AUTHORIZATION"]))
+        answer = httpx.get(base + environ["PATH_INFO"], params=environ["QUERY_STRING"])
+        status = answer.status_code if len(requests) < 9 else 404  # ends what asks without a pause
+        start_response(f"{status} as it came", [("ETag", answer.headers.get("etag", ""))])
+        return [answer.content]
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with make_server("127.0.0.1", 0, answer) as server:
         Thread(target=server.serve_forever, args=[0.01]).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

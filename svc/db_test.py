@@ -130,14 +130,6 @@ def test_an_error_arrives_as_it_is_and_leaves_the_slot_and_what_is_committed(url
     assert "database unavailable" not in caplog.text
 
 
-def test_the_statement_that_a_deadlock_undid_runs_again(url):
-    async def work() -> None:
-        lock = "SELECT count(pg_advisory_xact_lock(n)) + count(pg_sleep(0.1)) FROM unnest(%(ns)s) AS n"
-        assert await asyncio.gather(value(lock, ns=[1, 2]), value(lock, ns=[2, 1])) == [4, 4]
-
-    run(make_dsn(url, options="-c deadlock_timeout=50ms"), work, db_max_connections=2)
-
-
 @pytest.mark.parametrize(("code", "tries"), [("40001", 2), ("40P01", 2), ("40002", 1)])
 def test_a_statement_that_fails_because_of_others_runs_twice_and_no_more(url, code, tries):
     async def work() -> None:
@@ -260,10 +252,6 @@ def test_a_database_that_is_silent_at_the_start_holds_it_up_for_the_deadline_at_
         started = monotonic()
         run(url, work, db_deadline=0.3, db_statement_timeout=0.3, db_lock_timeout=0.1)
     assert caplog.messages == ["database unavailable: the database did not answer in time"]
-
-
-def test_an_error_is_told_in_its_first_line():
-    assert [db.one_line(error) for error in (ValueError("a\nb"), ValueError(" \n"))] == ["a", "ValueError"]
 
 
 # --- Reads that share a statement ---

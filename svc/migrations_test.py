@@ -188,9 +188,7 @@ def test_status_shows_what_is_applied_and_when(run, database, folder):
 
 LATE = "0002_t2: pending, older than the newest applied: --allow-out-of-order accepts it"
 DRIFTS = {
-    "0002_t2: edited after it was applied": lambda file: file.write_text(
-        "CREATE TABLE t2 (id int); -- one more comment"
-    ),
+    "0002_t2: edited after it was applied": lambda file: file.write_text("CREATE TABLE t2 (id int); -- more"),
     "0002_t2: applied and its file is gone": lambda file: file.unlink(),
     "0002_t2: applied and its file is now called 0002_b": lambda file: file.rename(file.with_name("0002_b.sql")),
     "0002_a.sql and 0002_t2.sql have the same number": lambda file: file.with_name("0002_a.sql").touch(),
@@ -234,8 +232,6 @@ def test_a_database_that_newer_code_migrated_is_left_as_it_is(run, database, fol
     assert run(database, "verify") == (0, "", "")
     assert run(database, "down", "--to", "0") == (1, "", f"refused, nothing was touched: {ahead}")
     assert dump(database) == before
-    run_sql(database, "DELETE FROM migrations WHERE version = 2")
-    assert run(database, "up") == (1, "", f"refused, nothing was touched: {LATE}\n")
 
 
 def test_line_endings_and_a_byte_order_mark_are_no_edit(run, database, folder):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from time import monotonic
@@ -163,12 +163,9 @@ def terminate(url: str) -> None:
 @contextmanager
 def locked(url: str) -> Iterator[None]:
     """No other session reads or writes applications in the block."""
-    connection = psycopg2.connect(make_dsn(url, user="postgres"))
-    try:
+    with closing(psycopg2.connect(make_dsn(url, user="postgres"))) as connection:
         connection.cursor().execute("LOCK TABLE applications")
         yield
-    finally:
-        connection.close()
 
 
 def all_wait(url: str, number: int = CONNECTIONS) -> None:
@@ -261,7 +258,6 @@ def at_full_pace(ledger: SimpleNamespace, usual: float, returned: float, seconds
     until(lambda: monotonic() > returned + seconds)
     until(lambda: pace(ledger) > usual / 2)  # half of it: what else runs on this machine takes its share
     refused = [each.ended - returned for each in ledger.attempts if not each.good]
-    print(f"{len(refused)} refused, the last {max(refused, default=0):.2f} s after the database's return")
     assert max(refused, default=0) < seconds
 
 

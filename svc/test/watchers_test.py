@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from svc.conftest import run_sql
-from svc.test.process import gauge, service, until
+from svc.test.process import service, until
 
 pytestmark = pytest.mark.slow
 
@@ -53,12 +53,6 @@ async def watch(port: int, path: str, heard: dict[str, float]) -> None:
         writer.close()
 
 
-def waiting(base: str, workers: int) -> bool:
-    """Whether all wait. One process tells of its own only."""
-    waiters = gauge(httpx.get(f"{base}/metrics").text, "config_service_waiters")
-    return waiters > (WATCHERS - 1 if workers == 1 else WATCHERS * 0.2)
-
-
 async def changes(base: str, heard: list[dict[str, float]]) -> list[float]:
     """Seconds from the answer to each change until each of its watchers had heard of it."""
     delays: list[float] = []
@@ -80,13 +74,10 @@ async def measure(pid: int, base: str, workers: int) -> tuple[list[float], float
     """The delays of all who hear of changes, and the share of a core that a worker takes while nothing changes."""
     port = int(base.rpartition(":")[2])
     heard: list[dict[str, float]] = [{} for _ in range(WATCHERS)]
-    tasks = []
-    for number in range(WATCHERS):
-        tasks.append(asyncio.create_task(watch(port, PATHS[number % CONFIGURATIONS], heard[number])))
-        if number % 100 == 0:
-            await asyncio.sleep(0.02)
-    await asyncio.to_thread(until, lambda: waiting(base, workers))
-    await asyncio.sleep(1)  # the time over which the cost of waiting is measured begins after the start
+    watches = [watch(port, PATHS[number % CONFIGURATIONS], heard[number]) for number in range(WATCHERS)]
+    tasks = [asyncio.create_task(each) for each in watches]
+    await asyncio.to_thread(until, lambda: all(heard))
+    await asyncio.sleep(1)  # the time over which the cost of waiting is measured begins when all wait
     started, used = time.monotonic(), processor_seconds(pid)
     await asyncio.sleep(4)
     share = (processor_seconds(pid) - used) / (time.monotonic() - started) / workers
