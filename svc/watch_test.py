@@ -54,7 +54,7 @@ def wait(threads, client, base_url, path, etag):
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_a_change_wakes_its_readers(client, base_url, sql, by_id, configuration, etag, wait, where):
+def test_a_change_wakes_its_readers(client, sql, by_id, configuration, etag, wait, where):
     waiting = wait()
     started = time.monotonic()
     if where == "here":
@@ -65,7 +65,6 @@ def test_a_change_wakes_its_readers(client, base_url, sql, by_id, configuration,
     assert time.monotonic() - started < 1.5
     assert (response.status_code, response.json()["config"]) == (200, {"port": 1})
     assert response.headers["etag"] == client.get(by_id).headers["etag"] != etag
-    assert waiters(base_url) == 0
 
 
 @pytest.mark.parametrize("path", ["by name"], indirect=True)

@@ -205,10 +205,8 @@ def test_a_host_that_vanished_costs_one_deadline_however_many_connections_led_to
     with replicated(server) as (primary, standby, served):
         faults.freeze(primary)
         faults.control(standby, "promote")
-        statuses = [
-            served.client.post(f"{faults.API}/applications", json={"name": f"n{n}"}).status_code for n in range(20)
-        ]
-        assert statuses == [503] + [201] * 19
+        answers = [served.client.post(f"{faults.API}/applications", json={"name": f"n{n}"}) for n in range(20)]
+        assert [answer.status_code for answer in answers] == [503] + [201] * 19
 
 
 def test_writes_are_503_while_the_standby_that_they_wait_for_is_away(server):
@@ -252,9 +250,8 @@ def test_random_faults_lose_nothing_and_leave_nothing_behind(server):
     print(f"\nSOAK_MINUTES={minutes:g} SOAK_SEED={seed}")
     choose = random.Random(seed).choice
     url, token = faults.new_database(server), f"cfs_{secrets.token_hex(32)}"
-    faults.sql(
-        url, "INSERT INTO tokens (name, hash, role) VALUES ('soak', %s, 'write')", sha256(token.encode()).hexdigest()
-    )
+    hash = sha256(token.encode()).hexdigest()
+    faults.sql(url, "INSERT INTO tokens (name, hash, role) VALUES ('soak', %s, 'write')", hash)
     with faults.serving(url, token=token, auth="on") as served:
         with faults.writers(served) as ledger:
             faults.pace(ledger, 1000)
