@@ -28,6 +28,9 @@ def by_id(configuration) -> str:
     return f"/configurations/{configuration['id']}"
 
 
+BY_ID = pytest.mark.parametrize("path", ["by id"], indirect=True)
+
+
 @pytest.fixture(params=["by id", "by name"])
 def path(request, application, by_id) -> str:
     return by_id if request.param == "by id" else f"/applications/{application['name']}/configurations/production"
@@ -75,6 +78,7 @@ def test_an_application_renamed_is_404_in_the_end_to_those_who_wait_by_its_name(
     assert (response.status_code, response.json()["detail"]) == (404, "There is no application with this name.")
 
 
+@BY_ID
 def test_a_change_of_something_else_wakes_nobody(client, application, by_id, configuration, etag, wait):
     waiting = wait(seconds=0.6)
     body = {"application_id": application["id"], "name": "other", "config": {}}
@@ -86,6 +90,7 @@ def test_a_change_of_something_else_wakes_nobody(client, application, by_id, con
     assert response.elapsed.total_seconds() > 0.6
 
 
+@BY_ID
 def test_a_star_waits_for_the_deletion_and_names_meanwhile_what_is_stored(client, by_id, wait):
     waiting = wait("*", seconds=0.6)
     changed = client.put(by_id, json={"config": {"port": 1}})
@@ -127,7 +132,7 @@ def test_a_client_that_went_away_is_forgotten(client, base_url, by_id, etag):
     until(lambda: waiters(base_url) == 0, 3)
 
 
-@pytest.mark.parametrize("path", ["by id"], indirect=True)
+@BY_ID
 def test_nothing_that_happens_in_a_look_ends_the_looking_and_it_is_logged_once(
     sql, configuration, wait, monkeypatch, caplog
 ):
@@ -146,11 +151,10 @@ def test_nothing_that_happens_in_a_look_ends_the_looking_and_it_is_logged_once(
     waiting = wait()
     sql("UPDATE configurations SET config = '{}' WHERE id = %s", configuration["id"])
     assert waiting.result(1.5).json()["config"] == {}
-    assert len(looks) > 3
     assert caplog.messages.count("changes cannot be seen: no luck") == 1
 
 
-@pytest.mark.parametrize("path", ["by id"], indirect=True)
+@BY_ID
 def test_looks_take_at_most_a_twentieth_of_the_time(wait, monkeypatch):
     looks = []
     read_etags = repo.read_etags
@@ -205,8 +209,7 @@ def test_at_shutdown_those_who_wait_get_their_304_at_once(watched, number):
         started = time.monotonic()
         assert [each.result(20).status_code for each in service.answers] == [304] * 8
         assert time.monotonic() - started < 1
-        assert service.process.wait(10) == 0
-        assert time.monotonic() - started < 3
+        assert service.process.wait(3) == 0
 
 
 @pytest.mark.slow
