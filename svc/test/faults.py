@@ -157,7 +157,16 @@ def backends(url: str, where: str = "true") -> list[int]:
 
 def terminate(url: str) -> None:
     """End every backend of the service."""
-    sql(url, "SELECT pg_terminate_backend(pid) FROM unnest(%s::integer[]) AS pid", backends(url))
+    pids = backends(url)
+    sql(url, "SELECT pg_terminate_backend(pid) FROM unnest(%s::integer[]) AS pid", pids)
+    until(lambda: not any(map(running, pids)))
+
+
+def kill_one(url: str) -> None:
+    """As the kernel does when memory runs out. The postmaster then ends all others, and recovers."""
+    pids = until(lambda: answers(url) and backends(url))
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: not any(map(running, pids)))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import struct
@@ -13,7 +12,6 @@ from time import monotonic
 import pytest
 
 from svc.test import faults
-from svc.test.process import until
 
 pytestmark = pytest.mark.faults
 
@@ -35,9 +33,7 @@ def test_backends_that_end_at_work_cost_some_503_and_no_acknowledged_write(serve
         faults.pace(ledger)
         with faults.locked(served.url):
             faults.all_wait(served.url)
-            killed = faults.backends(served.url)
-            os.kill(killed[0], signal.SIGKILL)  # the postmaster then ends all others, and recovers
-            until(lambda: not any(map(faults.running, killed)))
+            faults.kill_one(served.url)
         faults.pace(ledger)
     faults.compare(served.url, ledger)
     faults.recovered(served, served.before)

@@ -40,11 +40,8 @@ def crashes(server: Path, _: SimpleNamespace) -> None:
 
 
 def loses_backends(_: Path, served: SimpleNamespace) -> None:
-    """Three times one, as the kernel does when memory runs out. The postmaster then ends the others, and recovers."""
     for _ in range(3):
-        pids = until(lambda: faults.answers(served.url) and faults.backends(served.url))
-        os.kill(pids[0], signal.SIGKILL)
-        until(lambda: not any(map(faults.running, pids)))  # noqa: B023
+        faults.kill_one(served.url)
 
 
 def is_silent(server: Path, served: SimpleNamespace) -> None:
