@@ -53,7 +53,7 @@ def test_a_run_without_wrk_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_an_application_that_does_not_start_ends_the_run(url):
-    with pytest.raises(SystemExit, match="did not start"), bench.serve(url, "svc.bench:nothing", "/bare"):
+    with pytest.raises(SystemExit, match="did not start"), bench.serve(url, "svc:nothing", "/"):
         pass
 
 
