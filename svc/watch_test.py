@@ -90,7 +90,6 @@ def test_a_change_of_something_else_wakes_nobody(client, application, by_id, con
     assert response.elapsed.total_seconds() > 0.6
 
 
-@BY_ID
 def test_a_star_waits_for_the_deletion_and_names_meanwhile_what_is_stored(client, by_id, wait):
     waiting = wait("*", seconds=0.6)
     changed = client.put(by_id, json={"config": {"port": 1}})
