@@ -56,7 +56,7 @@ CONDITIONS = [
 ]
 ETAG = {"ETag": {"schema": {"type": "string"}, "description": "Strong. It differs for every state ever stored."}}
 LIST = {200: {"headers": LINK}}
-READ = {200: {"headers": ETAG}, 304: {"headers": ETAG, "description": "Not Modified"}} | problems(404)
+READ = {200: {"headers": ETAG}, 304: {"headers": ETAG}} | problems(404)
 CREATE = {201: {"headers": ETAG | LOCATION}} | problems(408, 409, 413)
 DELETE = problems(404, 412)
 WRITE = {200: {"headers": ETAG}} | problems(404, 409, 412)
@@ -110,7 +110,7 @@ async def create_application(request: Request, new: models.ApplicationCreate) ->
 @applications.get("", response_model=list[models.Application], responses=LIST)
 async def list_applications(request: Request, wanted: Annotated[models.ApplicationFilter, Query()]) -> Response:
     """All applications, ordered by id."""
-    return await stream_list(request, repo.list_applications(wanted), wanted)
+    return await stream_list(request, repo.list_applications(wanted))
 
 
 @applications.get("/{id}", response_model=models.Application, responses=READ)
@@ -146,7 +146,7 @@ async def create_configuration(request: Request, new: models.ConfigurationCreate
 @configurations.get("", response_model=list[models.Configuration], responses=LIST)
 async def list_configurations(request: Request, wanted: Annotated[models.ConfigurationFilter, Query()]) -> Response:
     """All configurations, ordered by id, or those that match."""
-    return await stream_list(request, repo.list_configurations(wanted), wanted)
+    return await stream_list(request, repo.list_configurations(wanted))
 
 
 @configurations.get("/{id}", response_model=models.Configuration, responses=READ)
@@ -184,9 +184,7 @@ async def list_configurations_by_name(
     id = await repo.find_application(application_name)
     if id is None:
         raise HTTPException(404, "There is no application with this name.")
-    # `wanted` is valid: it is not validated again, which would take `contains` for text.
-    of_application = models.ConfigurationFilter.model_construct(application_id=id, **dict(wanted))
-    return await stream_list(request, repo.list_configurations(of_application), wanted)
+    return await stream_list(request, repo.list_configurations(wanted, id))
 
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)
@@ -234,7 +232,7 @@ async def list_versions(request: Request, id: PathId, wanted: Annotated[models.V
     """Every version of a configuration, newest first, also after its deletion."""
     if not await repo.has_versions(id):
         raise HTTPException(404, "There never was a configuration with this id.")
-    return await stream_list(request, repo.list_versions(id, wanted), wanted)
+    return await stream_list(request, repo.list_versions(id, wanted))
 
 
 @versions.get("/{version}", response_model=models.ConfigurationVersion, responses=problems(404))
@@ -258,7 +256,7 @@ async def restore_version(request: Request, id: PathId, version: Version) -> Res
 @changes.get("", response_model=list[models.ChangeEntry], responses=LIST)
 async def list_changes(request: Request, wanted: Annotated[models.ChangeFilter, Query()]) -> Response:
     """Who changed what, newest first, without the documents. A write that was slow may appear below newer ones."""
-    return await stream_list(request, repo.list_changes(wanted), wanted)
+    return await stream_list(request, repo.list_changes(wanted))
 
 
 # --- The service itself ---
@@ -302,18 +300,16 @@ async def read_index(request: Request) -> Response:
     return HTMLResponse(index.page(openapi, str(request.base_url).rstrip("/")))
 
 
-TAGS = [
-    {"name": "applications", "description": "What has configurations: a program, a service."},
-    {"name": "configurations", "description": "JSON documents with a name, found by id or by names."},
-    {"name": "versions", "description": "What configurations were, who changed them, and the way back."},
-    {"name": "operation", "description": "The service itself."},
-]
-
 app = FastAPI(
     title="Config Service",
     version="1.0.0",
     description="Applications and their configurations (JSON documents), kept in PostgreSQL.",
-    openapi_tags=TAGS,
+    openapi_tags=[
+        {"name": "applications", "description": "What has configurations: a program, a service."},
+        {"name": "configurations", "description": "JSON documents with a name, found by id or by names."},
+        {"name": "versions", "description": "What configurations were, who changed them, and the way back."},
+        {"name": "operation", "description": "The service itself."},
+    ],
     lifespan=lifespan,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,

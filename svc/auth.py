@@ -31,7 +31,7 @@ async def check(scope: Scope) -> None:
 
     Raises HTTPException 401 or 403, and psycopg2.Error if the tokens could never be read.
     """
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = scope["path"].removeprefix(scope["root_path"])
     if settings.load().auth != "on" or path in OPEN:
         return
     sent = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -44,7 +44,7 @@ async def check(scope: Scope) -> None:
     repo.actor.set(f"token:{row['name']}")
     if row["application_id"] is not None and not _is_below(path, row["application_name"]):
         raise _refuse(403, "This token is for the configurations of one application, by name.", "insufficient_scope")
-    if row["role"] != "write" and scope["method"] not in ("GET", "HEAD"):
+    if row["role"] != "write" and scope["method"] != "GET":
         raise _refuse(403, "This token may only read.", "insufficient_scope")
 
 
@@ -76,8 +76,7 @@ async def _find(hash: str) -> db.Row | None:
         await _read_since(arrived)
         if _error:
             raise _error
-        if hash not in _tokens:
-            _refused.add(hash)
+        _refused.add(hash)
     return _tokens.get(hash)
 
 

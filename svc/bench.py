@@ -140,7 +140,7 @@ def table_lines(name: str, connections: int, medians: dict[str, Figures]) -> lis
 def wrk(target: Target, numbers: list[int], connections: int, seconds: int) -> Figures:
     """Send the requests for these numbers, one after the other, over and over. Exits if any of them failed."""
     # Every request is listed twice, a PUT with two bodies. So each PUT changes what is stored.
-    requests = [write_request(target, number) for number in [*numbers, *numbers]]
+    requests = [write_request(target, number) for number in numbers * 2]
     with NamedTemporaryFile("w", suffix=".lua") as script:
         script.write("local requests = {\n" + ",\n".join(map(json.dumps, requests)) + "\n}\n")
         script.write("local sent = 0\nfunction request() sent = sent % #requests + 1 return requests[sent] end\n")
@@ -210,14 +210,9 @@ def etag_headers(server: Server, path: str, numbers: list[int]) -> dict[int, lis
 
 
 def token_headers(server: Server, path: str, numbers: list[int]) -> dict[int, list[str]]:
-    header = f"Authorization: Bearer {new_token(server.url)}"
-    return {number: [header] for number in numbers}
-
-
-def new_token(url: str) -> str:
     command = [sys.executable, "-m", "svc.auth", "new", "bench", "--role", "read"]
-    done = subprocess.run(command, env=environment(url), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+    token = subprocess.check_output(command, env=environment(server.url), cwd=ROOT, text=True).strip()
+    return {number: [f"Authorization: Bearer {token}"] for number in numbers}
 
 
 # A name begins with the method. A row with `headers` is measured beside the same requests without them, at AUTH=off.
@@ -378,9 +373,7 @@ def update_textbook_configuration(id: str, changes: TextbookChanges) -> dict[str
         RETURNING {COLUMNS}, application_id, config
     """
     config = changes.config and Json(changes.config)
-    return fetch_textbook_row(
-        statement, {"id": id, "name": changes.name, "comments": changes.comments, "config": config}
-    )
+    return fetch_textbook_row(statement, {"id": id, **dict(changes), "config": config})
 
 
 def fetch_textbook_row(statement: str, params: dict[str, Any]) -> dict[str, Any]:

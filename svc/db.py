@@ -219,7 +219,7 @@ def renew() -> None:
 def use() -> dict[str, int]:
     """How much of the pool is in use now."""
     busy, idle = len(_pool._used), len(_pool._pool)
-    return {"busy": busy, "idle": idle, "limit": _pool.maxconn, "queued": max(_pending - busy, 0)}
+    return {"busy": busy, "idle": idle, "queued": max(_pending - busy, 0)}
 
 
 # --- Outages ---

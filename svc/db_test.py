@@ -81,9 +81,9 @@ def test_the_pool_keeps_the_connections_it_opened_and_closes_all_at_the_end(url)
     backends = "SELECT pid FROM pg_stat_activity WHERE application_name = 'db_test'"
 
     async def work() -> None:
-        assert db.use() == {"busy": 0, "idle": 1, "limit": 5, "queued": 0}
+        assert db.use() == {"busy": 0, "idle": 1, "queued": 0}
         await asyncio.gather(*(value("SELECT pg_sleep(0.02)::text") for _ in range(20)))
-        assert db.use() == {"busy": 0, "idle": 5, "limit": 5, "queued": 0}
+        assert db.use() == {"busy": 0, "idle": 5, "queued": 0}
         assert len(run_sql(url, backends)) == 5
 
     run(make_dsn(url, application_name="db_test"), work, db_max_connections=5)

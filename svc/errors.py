@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 import psycopg2
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -47,17 +47,17 @@ def invalid(msg: str, type: str, *loc: str) -> RequestValidationError:
     return RequestValidationError([{"loc": loc, "msg": msg, "type": type}])
 
 
-async def respond(request: Request, error: BaseException) -> Response:
+def respond(scope: Scope, error: BaseException) -> Response:
     """The answer to any error. What nobody expected is 500, with a traceback in the log."""
     if isinstance(error, RequestValidationError):
         return _on_invalid(error)
     if isinstance(error, HTTPException):
-        return _on_http(request, error)
+        return _on_http(scope, error)
     if isinstance(error, psycopg2.Error):
-        return _on_database(request, error)
+        return _on_database(scope, error)
     if isinstance(error, asyncio.CancelledError):
         return problem(503, "The service is shutting down: try again.", RETRY_AFTER)
-    log.error("%s", place(request.scope), exc_info=error)
+    log.error("%s", place(scope), exc_info=error)
     return problem(500, "Internal error.")
 
 
@@ -82,30 +82,30 @@ def _message(error: dict[str, Any]) -> str:
     return error["msg"]
 
 
-def _on_http(request: Request, error: HTTPException) -> Response:
+def _on_http(scope: Scope, error: HTTPException) -> Response:
     if error.status_code == 400:  # the body could not be read
         return _on_invalid(invalid(error.detail, "json_invalid", "body"))
     if error.status_code == 405:
-        allowed = ", ".join(_allowed_methods(request))
+        allowed = ", ".join(_allowed_methods(scope))
         return problem(405, f"This resource takes {allowed}.", {"Allow": allowed})
     detail = "There is nothing at this path: see /docs." if error.detail == "Not Found" else error.detail
     return problem(error.status_code, detail, error.headers)
 
 
-def _allowed_methods(request: Request) -> list[str]:
+def _allowed_methods(scope: Scope) -> list[str]:
     """The methods of every route with this path: Starlette names only the first route's."""
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    matching = [route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in route.methods}
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
-def _on_database(request: Request, error: psycopg2.Error) -> Response:
+def _on_database(scope: Scope, error: psycopg2.Error) -> Response:
     if error.diag.constraint_name in CONFLICTS:
         return problem(409, CONFLICTS[error.diag.constraint_name])
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
         return _on_invalid(_find_refused(error))
     if not db.is_outage(error):  # the pool logs an outage once
-        log.error("%s: %s %s", place(request.scope), error.pgcode or "no SQLSTATE", db.one_line(error))
+        log.error("%s: %s %s", place(scope), error.pgcode or "no SQLSTATE", db.one_line(error))
     if isinstance(error, psycopg2.ProgrammingError):
         return problem(503, MENDED_BY_OPERATOR, {"Retry-After": "60"})
     return problem(503, AWAY, RETRY_AFTER)
@@ -173,7 +173,6 @@ def problems(*statuses: int) -> dict[int | str, Any]:
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {
-            "description": HTTPStatus(status).phrase,
             "content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}},
         }
         for status in statuses

@@ -1,10 +1,8 @@
-import asyncio
 from typing import Any
 
 import httpx
 import psycopg2
 import pytest
-from fastapi import Request
 from ulid import ULID
 
 from svc import errors, repo
@@ -14,7 +12,7 @@ from svc.conftest import problem, run_sql
 def answer(error: BaseException) -> httpx.Response:
     """The answer to an error of a route."""
     scope: dict[str, Any] = {"type": "http", "method": "PUT", "path": "/api/v1/applications/X"}
-    response = asyncio.run(errors.respond(Request(scope), error))
+    response = errors.respond(scope, error)
     return httpx.Response(response.status_code, headers=response.headers, content=response.body)
 
 

@@ -42,7 +42,7 @@ def page(document: dict[str, Any], base: str) -> str:
 def _show(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
     items = [
         f"<li><code>{escape(each['name'])}</code> in the {each['in']}: {_prose(each['description'])}"
-        for each in operation.get("parameters", [])
+        for each in operation["parameters"]
     ]
     return f"""
 <h3><code>{method.upper()} {escape(path)}</code></h3>
@@ -53,7 +53,7 @@ def _show(document: dict[str, Any], base: str, path: str, method: str, operation
 def _write_command(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
     """A line for bash that sends the examples. What a POST creates is kept as $application or $configuration."""
     url = shlex.quote(base) + re.sub(r"(\w+)s/{id}", r"\1s/$\1", path)
-    for each in operation.get("parameters", []):
+    for each in operation["parameters"]:
         example = each["schema"].get("examples", [""])[0]
         url = url.replace(f"{{{each['name']}}}", quote(str(example), safe=""))
     curl = f"curl -s {url}" if method == "get" else f"curl -s -X {method.upper()} {url}"

@@ -27,28 +27,27 @@ def observe(method: str, status: int, seconds: float | None) -> None:
 def text() -> str:
     """Everything since this process started. Nothing that a client chooses is a label, so their number is bounded."""
     name = "http_request_duration_seconds"
-    *cumulative, count = accumulate(_buckets)
+    cumulative = list(accumulate(_buckets))
     pool = db.use()
     lines = [
-        *_head("http_requests_total", "counter", "Requests that were answered."),
+        _head("http_requests_total", "counter", "Requests that were answered."),
         *(_sample("http_requests_total", n, method=method, status=status) for (method, status), n in _requests.items()),
-        *_head(name, "histogram", "Seconds until a request was answered. Those with ?wait= are left out."),
-        *(_sample(f"{name}_bucket", n, le=bound) for bound, n in zip(BOUNDS, cumulative, strict=True)),
-        _sample(f"{name}_bucket", count, le="+Inf"),
+        _head(name, "histogram", "Seconds until a request was answered. Those with ?wait= are left out."),
+        *(_sample(f"{name}_bucket", n, le=bound) for bound, n in zip((*BOUNDS, "+Inf"), cumulative, strict=True)),
         _sample(f"{name}_sum", _seconds),
-        _sample(f"{name}_count", count),
-        *_head("config_service_db_connections", "gauge", "Connections to the database."),
+        _sample(f"{name}_count", cumulative[-1]),
+        _head("config_service_db_connections", "gauge", "Connections to the database."),
         *(_sample("config_service_db_connections", pool[state], state=state) for state in ("busy", "idle")),
-        *_head("config_service_db_queue", "gauge", "Statements that wait for a connection."),
+        _head("config_service_db_queue", "gauge", "Statements that wait for a connection."),
         _sample("config_service_db_queue", pool["queued"]),
-        *_head("config_service_waiters", "gauge", "Clients that wait for a change."),
+        _head("config_service_waiters", "gauge", "Clients that wait for a change."),
         _sample("config_service_waiters", watch.count()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _head(name: str, kind: str, meaning: str) -> list[str]:
-    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+def _head(name: str, kind: str, meaning: str) -> str:
+    return f"# HELP {name} {meaning}\n# TYPE {name} {kind}"
 
 
 def _sample(name: str, value: float, **labels: object) -> str:

@@ -50,7 +50,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
                 message["headers"].append((b"cache-control", b"private, no-cache" if cacheable else b"no-store"))
                 if closing:
                     message["headers"].append((b"connection", b"close"))
-            if message.get("more_body"):
+            if "more_body" in message:
                 # It waits for the client to read what was sent before: a list must not be held for ever.
                 try:
                     async with asyncio.timeout(settings.load().body_timeout):
@@ -69,14 +69,12 @@ def middleware(app: ASGIApp) -> ASGIApp:
             if status:
                 log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
             else:
-                response = await errors.respond(Request(scope), error)
-                await response(scope, receive, answer)
+                await errors.respond(scope, error)(scope, receive, answer)
         finally:
             seconds = perf_counter() - began
             metrics.observe(method, status, seconds if b"wait=" not in scope["query_string"] else None)
             level = logging.DEBUG if method in ("GET", "HEAD") and status not in (401, 403) else logging.INFO
-            if log.isEnabledFor(level):
-                log.log(level, "%s %s %s %d %.1f ms", repo.actor.get(), method, scope["path"], status, seconds * 1000)
+            log.log(level, "%s %s %s %d %.1f ms", repo.actor.get(), method, scope["path"], status, seconds * 1000)
 
     return handle
 

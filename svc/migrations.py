@@ -94,8 +94,7 @@ def up(url: str | None = None, to: int | None = None, dry_run: bool = False, lat
         states = lock_and_check(db, APPLIED, PENDING, AHEAD, LATE if late else PENDING)
         if newer := [each.name for each in states if each.state == AHEAD]:
             print(f"the database is ahead of this code: {', '.join(newer)}")
-        pending = [each.file for each in states if each.state in (PENDING, LATE)]
-        plan = [file for file in pending if to is None or file.version <= to]
+        plan = [each.file for each in states if each.state in (PENDING, LATE) and (to is None or each.version <= to)]
         run(db, plan, BEGIN_UP, END_UP, dry_run)
 
 

@@ -137,22 +137,20 @@ class _Strict(BaseModel, extra="forbid"):
 ABSENT: Any = Field(default=None, json_schema_extra=lambda schema: schema.pop("default"))
 
 
-def _examples(*bodies: dict[str, Any]) -> dict[str, Any]:
-    """What /docs fills in, which does no harm when it is sent as it is. The page at / shows the last."""
-    return {"examples": list(bodies)}
+# Of several examples /docs fills in the first, which does no harm when it is sent, and the page at / shows the last.
 
 
-class ApplicationCreate(_Strict, json_schema_extra=_examples({"name": "shop"})):
+class ApplicationCreate(_Strict, json_schema_extra={"examples": [{"name": "shop"}]}):
     name: Name
     comments: Comments | None = None
 
 
-class ApplicationUpdate(_Strict, json_schema_extra=_examples(COMMENTS)):
+class ApplicationUpdate(_Strict, json_schema_extra={"examples": [COMMENTS]}):
     name: Name = ABSENT
     comments: Comments | None = ABSENT
 
 
-class ConfigurationPut(_Strict, json_schema_extra=_examples(COMMENTS, CONFIG)):
+class ConfigurationPut(_Strict, json_schema_extra={"examples": [COMMENTS, CONFIG]}):
     comments: Comments | None = ABSENT
     config: Document = ABSENT
 
@@ -162,7 +160,7 @@ class ConfigurationUpdate(ConfigurationPut):
 
 
 class ConfigurationCreate(
-    _Strict, json_schema_extra=_examples({"application_id": APPLICATION_ID, "name": "staging", **CONFIG})
+    _Strict, json_schema_extra={"examples": [{"application_id": APPLICATION_ID, "name": "staging", **CONFIG}]}
 ):
     application_id: Id
     name: Name

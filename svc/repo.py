@@ -5,7 +5,6 @@ In every statement `this` is the row that is read or written.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 from psycopg2 import OperationalError
@@ -203,7 +202,7 @@ def read_configuration(key: Key) -> Awaitable[Row | None]:
     return _read_by_id(key) if isinstance(key, str) else _read_by_name(key)
 
 
-def list_configurations(wanted: models.ConfigurationFilter) -> AsyncIterator[Row]:
+def list_configurations(wanted: models.NamedFilter, application_id: str | None = None) -> AsyncIterator[Row]:
     rows = """
         SELECT this.*, this.id AS key
         FROM configurations AS this
@@ -211,7 +210,7 @@ def list_configurations(wanted: models.ConfigurationFilter) -> AsyncIterator[Row
           AND (%(name)s IS NULL OR this.name = %(name)s)
           AND (%(contains)s IS NULL OR this.config @> %(contains)s)
     """
-    return _pages("list_configurations", rows, CONFIGURATION_JSON, dict(wanted))
+    return _pages("list_configurations", rows, CONFIGURATION_JSON, {"application_id": application_id, **dict(wanted)})
 
 
 async def update_configuration(
@@ -242,7 +241,7 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
         FROM applications AS a
         WHERE a.name = %(application_name)s AND {id} IS NULL
     """
-    params |= {"new_id": str(ULID()), **dict(new)}
+    params |= {"new_id": str(ULID()), **dict(new), **when._asdict()}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
@@ -256,10 +255,10 @@ async def delete_configuration(key: Key, when: Conditions) -> Row | None:
     return await _write("delete_configuration", statement, params | when._asdict(), read_configuration, key)
 
 
-async def read_etags(ids: set[str]) -> dict[str, str]:
+async def read_etags(ids: set[str]) -> dict[str, Row]:
     """The ETags of configurations by their ids. Those that do not exist are not among them."""
     statement = "SELECT id, etag FROM configurations WHERE id = ANY(%(ids)s)"
-    return {row["id"]: row["etag"] for row in await db.fetch("read_etags", statement, {"ids": list(ids)})}
+    return {row["id"]: row for row in await db.fetch("read_etags", statement, {"ids": list(ids)})}
 
 
 # --- Versions of configurations ---
@@ -310,7 +309,7 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
           AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
-    params = {"id": id, "version": version}
+    params = {"id": id, "version": version, **when._asdict()}
     return await _write_or_create("restore_version", update, source, params, when, id)
 
 
@@ -412,10 +411,9 @@ async def _write_or_create(
         )
         SELECT *, false AS created FROM updated UNION ALL SELECT *, true FROM created
     """
-    write = partial(_write, name, statement, {**params, **when._asdict()}, read_configuration, key)
     for attempt in range(1, TRIES + 1):
         try:
-            row = await write()
+            row = await _write(name, statement, params, read_configuration, key)
         except (UniqueViolation, ForeignKeyViolation):  # created, or its application deleted, meanwhile
             if attempt == TRIES:
                 raise
@@ -449,6 +447,7 @@ async def _pages(name: str, rows: str, json: str, wanted: dict[str, Any]) -> Asy
     limit, more = wanted["limit"], True
     while more:
         [page] = await db.fetch_page(name, statement, {**wanted, "limit": limit or 1000})
+        page["next"] = {bound: page["last"]} if page["more"] and limit else None
         yield page
         more = page["more"] and limit is None
         wanted[bound] = page["last"]

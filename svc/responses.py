@@ -12,7 +12,7 @@ from svc import db, repo, settings, watch
 from svc.db import Row
 from svc.errors import RETRY_AFTER, invalid
 from svc.middleware import Request
-from svc.models import ApplicationFilter, ChangeFilter, Conditions, VersionFilter
+from svc.models import Conditions
 from svc.repo import conditions_hold, etag_matches
 
 # How much is sent at once, and so how much the server holds for a client that does not read.
@@ -37,10 +37,13 @@ async def read_or_wait(request: Request, key: repo.Key, wait: float | None) -> R
 
 def document(row: Row | None, if_none_match: Collection[str] = ()) -> Response:
     """What PostgreSQL wrote, as it is; 304 if If-None-Match names it; 404 if there is nothing."""
-    if row is None or row["etag"] is None:
-        raise HTTPException(404, _what_is_missing(row))
+    if row is None:
+        raise HTTPException(404, "There is nothing with this id.")
+    if row["etag"] is None:
+        missing = "This application has no configuration" if row["application_id"] else "There is no application"
+        raise HTTPException(404, f"{missing} with this name.")
     headers = {"ETag": row["etag"]}
-    if if_none_match and etag_matches(row, if_none_match):
+    if etag_matches(row, if_none_match):
         return Response(None, 304, headers)
     return json_response(row["json"], 200, headers)
 
@@ -59,14 +62,6 @@ async def _in_chunks[T: (str, bytes)](text: T) -> AsyncIterator[T]:
         yield text[start : start + CHUNK]
 
 
-def _what_is_missing(row: Row | None) -> str:
-    if row is None:
-        return "There is nothing with this id."
-    if row["application_id"] is None:
-        return "There is no application with this name."
-    return "This application has no configuration with this name."
-
-
 def created(request: Request, row: Row) -> Response:
     """201. What was sent to its own path is there, anything else below it under its id."""
     path = request.scope["path"]
@@ -79,7 +74,7 @@ def written(row: Row | None, when: Conditions) -> Response:
     if row is not None and not row["written"] and row["etag"]:
         if conditions_hold(row, when):  # when the statement looked, there was another, which is deleted now
             raise HTTPException(503, "Others wrote it at the same time: try again.", RETRY_AFTER)
-        raise HTTPException(412, _what_failed(row["etag"], when), {"ETag": row["etag"]})
+        raise HTTPException(412, _what_failed(row, when), {"ETag": row["etag"]})
     response = document(row)
     watch.changed()
     return response
@@ -90,10 +85,10 @@ def deleted(row: Row | None, when: Conditions) -> Response:
     return Response(status_code=204)
 
 
-def _what_failed(etag: str, when: Conditions) -> str:
-    if not {"*", etag}.isdisjoint(when.if_none_match):
-        return f"If-None-Match names {etag}, the current ETag."
-    detail = f"The ETag is {etag} now, which If-Match does not name: read it, and decide again."
+def _what_failed(row: Row, when: Conditions) -> str:
+    if etag_matches(row, when.if_none_match):
+        return f"If-None-Match names {row['etag']}, the current ETag."
+    detail = f"The ETag is {row['etag']} now, which If-Match does not name: read it, and decide again."
     if any(each.startswith("W/") for each in when.if_match):
         return f"{detail} A weak tag (W/) never matches."
     if not all(each.endswith('"') for each in when.if_match):
@@ -101,9 +96,7 @@ def _what_failed(etag: str, when: Conditions) -> str:
     return detail
 
 
-async def stream_list(
-    request: Request, pages: AsyncIterator[Row], wanted: ApplicationFilter | VersionFilter | ChangeFilter
-) -> Response:
+async def stream_list(request: Request, pages: AsyncIterator[Row]) -> Response:
     """A JSON array, sent page by page as it is read. A limited one has a Link to the next page while there is more.
 
     Its first page is read before the status is sent. HEAD reads no other.
@@ -111,10 +104,9 @@ async def stream_list(
     array = _array(pages, request.scope["head"])
     first = await anext(array)
     headers = {}
-    if first["more"] and wanted.limit:
+    if first["next"]:
         here = URL(f"{request.scope['path']}?{request.scope['query_string'].decode()}")
-        bound = "before" if hasattr(wanted, "before") else "after"
-        headers["Link"] = f'<{here.include_query_params(**{bound: first["last"]})}>; rel="next"'
+        headers["Link"] = f'<{here.include_query_params(**first["next"])}>; rel="next"'
     return StreamingResponse(array, 200, headers, "application/json")
 
 

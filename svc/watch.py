@@ -126,10 +126,8 @@ async def _look() -> None:
         woken = list(_readers)
     else:
         watched = dict(_readers)
-        etags = await repo.read_etags({id for id, _ in watched.values()})
-        woken = [
-            reader for reader, (id, known) in watched.items() if not repo.etag_matches({"etag": etags.get(id)}, known)
-        ]
+        rows = await repo.read_etags({id for id, _ in watched.values()})
+        woken = [reader for reader, (id, known) in watched.items() if not repo.etag_matches(rows.get(id), known)]
     for reader in woken:
         asyncio.get_running_loop().call_later(random.random() * JITTER * len(woken), reader.set)
 

@@ -131,12 +131,8 @@ $$;
 -- Before the change, so that a writer locks the application first and none waits for another in a circle.
 CREATE FUNCTION renew_application() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
-    IF TG_OP = 'INSERT' THEN
-        UPDATE applications SET version = version + 1 WHERE id = NEW.application_id;
-        RETURN NEW;
-    END IF;
-    UPDATE applications SET version = version + 1 WHERE id = OLD.application_id;
-    RETURN OLD;
+    UPDATE applications SET version = version + 1 WHERE id = coalesce(NEW.application_id, OLD.application_id);
+    RETURN coalesce(NEW, OLD);
 END
 $$;
 
