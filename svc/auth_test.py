@@ -297,6 +297,7 @@ def test_tokens_come_and_go_while_others_read(new_database):
     assert max(admitted) < 1.3
 
 
+@pytest.mark.slow
 def test_the_last_tokens_count_while_the_database_is_away_and_without_any_it_is_503(new_database, postgres):
     with new_database() as url, service(url, auth="on") as (_, base):
         good, path = new_token(url), "/nothing"
@@ -314,6 +315,7 @@ def test_the_last_tokens_count_while_the_database_is_away_and_without_any_it_is_
         assert (never_read.status_code, never_read.headers["retry-after"]) == (503, "1")
 
 
+@pytest.mark.slow
 def test_tokens_come_and_go_also_while_every_connection_is_busy_and_the_queue_is_full(new_database):
     with (
         new_database() as url,

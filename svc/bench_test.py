@@ -57,6 +57,7 @@ def test_an_application_that_does_not_start_ends_the_run(url):
         pass
 
 
+@pytest.mark.slow
 def test_the_textbook_and_the_bare_route_answer_as_the_service_does(new_database):
     with (
         new_database() as url,

@@ -268,11 +268,11 @@ def test_413_comes_as_soon_as_it_is_known(base_url, connection):
 
 @pytest.fixture(scope="module")
 def impatient(url, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """A process that waits half a second for a client, and the file of its log. It begins with 256 descriptors."""
+    """A process that waits 0.3 s for a client, and the file of its log. It begins with 256 descriptors."""
     log = tmp_path_factory.mktemp("impatient") / "log"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    with log.open("w") as output, service(url, output=output, body_timeout=0.5) as (_, base):
+    with log.open("w") as output, service(url, output=output, body_timeout=0.3) as (_, base):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         yield base, log
 
@@ -291,7 +291,7 @@ def test_a_body_that_comes_too_slowly_is_408_and_ends_the_connection(impatient, 
         connection.sendall(begin)
         until(lambda: select.select([connection], [], [], 0.05)[0] or connection.sendall(piece))
         answer = ask(connection, b"")
-        assert 0.45 < monotonic() - started < 4
+        assert 0.25 < monotonic() - started < 4
         assert problem(answer, 408).detail == "The body did not arrive in time."
         assert answer.headers["connection"] == "close"
         assert connection.recv(1) == b""
