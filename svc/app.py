@@ -1,4 +1,4 @@
-"""The HTTP API: its routes, how they are opened and closed, and `python -m svc.app`, which serves them."""
+"""The HTTP API: its routes, its start and its end, and `python -m svc.app`, which serves them."""
 
 import gc
 import logging
@@ -318,7 +318,7 @@ app = FastAPI(
 for router in (applications, configurations, named, versions, changes):
     app.include_router(router, prefix="/api/v1")
 app.include_router(operation)
-# In place of Starlette's own two: this one answers every error.
+# In place of the error middlewares of Starlette: this one answers every error.
 app.middleware_stack = middleware(app.router)
 
 # FastAPI serves this document, once it has what FastAPI does not know: the shape of problems, and what needs a token.
@@ -344,7 +344,7 @@ def main() -> None:
     config.database()
     if config.auth is None and config.host not in ("127.0.0.1", "::1", "localhost"):
         raise SystemExit(f"HOST={config.host} lets others in: set AUTH=on, or AUTH=off if a proxy guards the service")
-    # uvicorn hands the signal on when it has shut down.
+    # uvicorn repeats the signal when it has shut down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     serve(config, workers=config.workers)

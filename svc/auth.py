@@ -19,8 +19,8 @@ from svc import db, migrations, repo, settings
 OPEN = {"/", "/docs", "/openapi.json", "/health", "/health/live"}
 READ_EVERY = 1.0  # seconds: a token works no longer than that after its end
 
-_tokens: dict[str, db.Row] = {}  # those that count, by their hash
-_refused: set[str] = set()  # the hashes of others that were sent since
+_tokens: dict[str, db.Row] = {}  # the valid ones, by their hash
+_refused: set[str] = set()  # the hashes of others that were sent since they were read
 _error: psycopg2.Error | None = None  # why they could not be read the last time
 _read_at = _next_read = float("-inf")  # when the last read began, and when one more may begin
 _reading = asyncio.Lock()
@@ -61,7 +61,7 @@ def _is_below(path: str, application_name: str) -> bool:
 
 
 async def refresh() -> dict[str, db.Row]:
-    """The tokens that count, by their hash, read again if that is due. While the database is away the last ones do."""
+    """The valid tokens by their hash, read again if that is due; while the database is away, the last known."""
     due = monotonic() - READ_EVERY
     if settings.load().auth == "on" and _read_at <= due:
         await _read_since(due)
@@ -69,7 +69,7 @@ async def refresh() -> dict[str, db.Row]:
 
 
 async def _find(hash: str) -> db.Row | None:
-    """Raises psycopg2.Error if it may be the hash of a new token, and they cannot be read."""
+    """The valid token with this hash. Raises psycopg2.Error if it may be new, and the tokens cannot be read."""
     arrived = monotonic()
     await refresh()
     if hash not in _tokens and hash not in _refused:
@@ -103,7 +103,7 @@ async def _read_since(time: float) -> None:
         except psycopg2.Error as error:
             _error = error
         else:
-            _refused.update(_tokens.keys() - tokens.keys())  # what has ended is no news
+            _refused.update(_tokens.keys() - tokens.keys())  # what has ended needs no reading
             _tokens, _error = tokens, None
 
 

@@ -40,7 +40,7 @@ SAMPLE = 5000  # configurations that a run asks for, drawn at random
 CONFIGURATIONS = 10  # of each application
 SETTINGS = {f"setting_{number}": f"the value of setting {number}" for number in range(1, 20)}
 
-# Every id is one of these and a number that counts from FIRST.
+# Every id is one of these prefixes and a number from FIRST on.
 APPLICATION, CONFIGURATION, FIRST = "01" + 14 * "0", "02" + 14 * "0", 1_000_000_001
 BY_ID = f"/configurations/{CONFIGURATION}{{number}}"
 

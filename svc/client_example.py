@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 
 def configurations(base: str, application: str, name: str, copy: str, wait: int = 30) -> Iterator[dict]:
-    """Yield the configuration, and again after each change. HTTPError with the code 404 if there is none.
+    """Yield the configuration, and again after each change. Raises HTTPError 404 if there is none.
 
     `copy` names a file that keeps the last good one, to begin with while the service is away.
     `wait` is how many seconds a request waits for a change. Proxies cut off what takes 60.

@@ -1,4 +1,4 @@
-"""The connection pool, its threads, and how a statement runs on them: each within a deadline."""
+"""The connection pool, its threads, and how statements run on them, each within a deadline."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-BATCH = 64  # documents may have a megabyte each, so this bounds what one statement brings into memory
+BATCH = 64  # documents may be megabytes each, so this bounds what one statement brings into memory
 CALM = 1  # seconds without an error after which an outage is over: some statements succeed during most outages
 
 _settings: Settings
@@ -41,19 +41,19 @@ _last_outage: float | None = None  # when the database was last found away; None
 
 @asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[None]:
-    """Hold the pool and its threads open. One thread a connection: statements queue, and the pool never runs dry.
+    """Hold the pool and its threads open. A thread for each connection: statements queue, and the pool never runs dry.
 
-    A database that is away does not stop the start: one line in the log says so, and each statement tries again.
+    A database that is away does not stop the start: one line in the log says so, and each statement tries to connect.
     """
     global _settings, _pool, _executor, _urgent, _pages
     _settings, limit = settings, settings.db_max_connections
     _pool = ThreadedConnectionPool(0, limit, cursor_factory=RealDictCursor, **_parameters(settings))
-    _pool.minconn = limit  # how many it keeps when they come back
+    _pool.minconn = limit  # how many idle ones it keeps
     _executor = ThreadPoolExecutor(limit, thread_name_prefix="db")
-    _urgent = ThreadPoolExecutor(1)  # while all are busy, its connection is one more than the pool keeps
+    _urgent = ThreadPoolExecutor(1)  # it may open one connection more than the others have
     _pages = asyncio.Semaphore(max(1, limit // 2))
     with suppress(psycopg2.Error):  # fetch() has logged it
-        # It takes so long that each needs a connection of its own.
+        # The sleep makes each need a connection of its own.
         statement = "SELECT pg_sleep(0.01)"
         await asyncio.gather(*(fetch("connect", statement, {}) for _ in range(settings.db_min_connections)))
     try:
@@ -65,7 +65,7 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
 
 
 def _parameters(settings: Settings) -> dict[str, Any]:
-    """DATABASE_URL with what every connection has. What the URL says wins, except on encoding, time zone, isolation."""
+    """DATABASE_URL and the service's own defaults. The URL wins, except on encoding, time zone and isolation."""
     given = parse_dsn(settings.database())
     limits = f"-c statement_timeout={settings.db_statement_timeout}s -c lock_timeout={settings.db_lock_timeout}s"
     always = r"-c timezone=UTC -c default_transaction_isolation=read\ committed"
@@ -134,7 +134,7 @@ async def turn(semaphore: asyncio.Semaphore) -> AsyncIterator[None]:
 
 
 def _run(job: asyncio.Future, name: str, statement: str, params: Mapping[str, Any]) -> None:
-    """Settle a job in a thread: as loop.run_in_executor() does it, but with one future, which saves 25 µs."""
+    """Run a job in a thread and settle it: as run_in_executor(), but with one future, which saves 25 µs."""
     try:
         outcome = _execute(job, name, statement, params)
     except BaseException as error:
@@ -143,7 +143,7 @@ def _run(job: asyncio.Future, name: str, statement: str, params: Mapping[str, An
 
 
 def _settle(future: asyncio.Future, outcome: Any) -> None:
-    if not future.done():  # it was given up, or its reader has gone away
+    if not future.done():  # done: given up, or its reader has gone away
         set_outcome = future.set_exception if isinstance(outcome, BaseException) else future.set_result
         set_outcome(outcome)
 
@@ -152,7 +152,7 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
     lent = _lend(job)
     started = monotonic()
     try:
-        if job.done():  # given up before it began; from here on, it is cut off
+        if job.done():  # given up before it began; later it is cut off
             return []
         lent.autocommit = True
         cursor = lent.cursor()
@@ -164,7 +164,7 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
             cursor.execute(statement, params)  # undone as a whole, so it may run again
         return cursor.fetchall()
     finally:
-        _pool.putconn(lent, job)  # which closes it if it is lost
+        _pool.putconn(lent, job)  # closes a lost connection
         seconds = monotonic() - started
         level = logging.WARNING if seconds >= _settings.db_slow_statement else logging.DEBUG
         log.log(level, "statement: %s took %.4f s", name, seconds)
@@ -183,7 +183,7 @@ def _prepare(cursor: RealDictCursor, statement: str) -> str:
 
 # --- What psycopg2's pool has no public name for ---
 # Its getconn() connects under the pool's lock, where one silent host would hold up every thread, and lends what the
-# server has closed. And it neither tells whose connection is which, nor closes those that are idle alone.
+# server has closed. And it neither tells whose connection is which, nor closes only those that are idle.
 
 
 def _lend(job: asyncio.Future) -> connection:
@@ -201,7 +201,7 @@ def _lend(job: asyncio.Future) -> connection:
 
 
 def _cut_off(job: asyncio.Future) -> None:
-    """If a statement still runs, wake its thread with an error. close() would wait for the server as well."""
+    """If a statement still runs, wake its thread with an error. close() would wait for the server too."""
     with _pool._lock:  # so that no other job gets the connection meanwhile
         if lent := _pool._used.get(job):
             with suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(lent.fileno())) as wire:
@@ -209,7 +209,7 @@ def _cut_off(job: asyncio.Future) -> None:
 
 
 def renew() -> None:
-    """Close every idle connection: they lead to where the service should not stay, so the next ones are new."""
+    """Close every idle connection, so that the next statements connect anew: the server may be another."""
     with _pool._lock:
         idle, _pool._pool = _pool._pool, []
     for each in idle:
@@ -226,7 +226,7 @@ def use() -> dict[str, int]:
 
 
 def is_outage(error: psycopg2.Error) -> bool:
-    """Whether the database is away, which fetch() has logged, and not one statement wrong."""
+    """Whether the database is away (fetch() has logged it), not one statement wrong."""
     if error.pgcode is None:
         return isinstance(error, psycopg2.OperationalError)
     return error.pgcode.startswith(("08", "53", "57P", "25006"))  # connection, resources, shutdown, read-only
@@ -258,10 +258,10 @@ def coalesced[K](
     """A read of one key that shares its statement with every other read that waits at the time.
 
     One statement runs at a time. Whoever comes meanwhile waits for the next, which takes up to BATCH keys, each once.
-    A read so always begins after it was asked for. An error reaches those who shared the statement, nobody else.
+    So a read always begins after it was asked for. An error reaches those who shared the statement, nobody else.
     `fetch_all` gets the keys and the seconds that are left to the one of them who waits longest.
     """
-    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when, in that order, and who
+    waiting: dict[K, tuple[float, list[asyncio.Future[Row | None]]]] = {}  # since when and who, oldest first
     batches: asyncio.Task[None] | None = None
 
     async def run_batches() -> None:

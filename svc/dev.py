@@ -43,7 +43,7 @@ def postgres(folder: Path) -> Iterator[str]:
 
 
 def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
-    """The rows of a statement, or of the last of several, on a connection of its own. Without `params`, % is itself."""
+    """The rows of a statement, or of the last of several, on an own connection. % is literal without `params`."""
     with closing(psycopg2.connect(url, cursor_factory=RealDictCursor)) as connection:
         connection.autocommit = True
         cursor = connection.cursor()
@@ -57,7 +57,7 @@ def main() -> None:
         raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
     try:
-        # Two of them would share a PostgreSQL, and the first to end would stop it.
+        # Two runs would share a PostgreSQL, and the first to end would stop it.
         socket.create_server((config.host, config.port)).close()
     except OSError as error:
         raise SystemExit(f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT") from None

@@ -24,7 +24,7 @@ MAX_SHOWN = 100
 RETRY_AFTER = {"Retry-After": "1"}
 INVALID = "The request does not validate: see errors."
 AWAY = "The database cannot answer now: try again."
-MENDED_BY_OPERATOR = "The database refuses the service what it needs: an operator has to mend it, see /health."
+MENDED_BY_OPERATOR = "The database denies the service what it needs: an operator has to mend it, see /health."
 
 # What is said to a write that breaks a constraint, by its name in the migrations.
 CONFLICTS: dict[str | None, str] = {
@@ -104,7 +104,7 @@ def _on_database(scope: Scope, error: psycopg2.Error) -> Response:
         return problem(409, CONFLICTS[error.diag.constraint_name])
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
         return _on_invalid(_find_refused(error))
-    if not db.is_outage(error):  # the pool logs an outage once
+    if not db.is_outage(error):  # db logs an outage, once
         log.error("%s: %s %s", place(scope), error.pgcode or "no SQLSTATE", db.one_line(error))
     if isinstance(error, psycopg2.ProgrammingError):
         return problem(503, MENDED_BY_OPERATOR, {"Retry-After": "60"})

@@ -16,7 +16,7 @@ _seconds = 0.0
 
 
 def observe(method: str, status: int, seconds: float | None) -> None:
-    """Count a request. It runs for every one. Without seconds, its time does not count."""
+    """Count a request. Without seconds, its time does not count."""
     global _seconds
     _requests[method if method in METHODS else "other", status] += 1
     if seconds is not None:

@@ -38,7 +38,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
         # Routes match the path as it was sent: decoded, %2F within a name would not differ from / between two names.
         scope = {**scope, "path": scope["raw_path"].decode("ascii"), "head": method == "HEAD"}
         if method == "HEAD":
-            scope["method"] = "GET"  # the server leaves the body of its answer out
+            scope["method"] = "GET"  # the server leaves out the body of the answer
         elif method != "GET":
             receive = _limit_body(scope, receive, closing)
 
@@ -60,7 +60,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
             else:
                 await send(message)
 
-        # A request that was sent before the answer to another on its connection begins in the context of that one.
+        # A pipelined request begins in the context of the one before it on its connection.
         repo.actor.set("anonymous")
         try:
             await auth.check(scope)
@@ -92,7 +92,7 @@ async def _start(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> No
 def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
     """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT.
 
-    Nothing asks for more once the body is there: only reads wait for the client to go away.
+    After the body nothing is received: only GET waits for the client to go away.
     """
     limit = settings.load().max_body_bytes
     until = asyncio.get_running_loop().time() + settings.load().body_timeout
@@ -134,7 +134,7 @@ class Request(fastapi.Request):
 
 
 def _parse_etags(lines: list[str]) -> list[str]:
-    """The entity tags of a header, or * if that is all of it. What is malformed equals no ETag."""
+    """The entity tags of a header, or * if that is all of it. What is malformed matches no ETag."""
     if not lines:
         return lines
     value = ", ".join(lines).strip()
@@ -144,8 +144,8 @@ def _parse_etags(lines: list[str]) -> list[str]:
 class Route(APIRoute):
     """Refuses query parameters that it does not know.
 
-    A hot read, one that may answer 304, is called without FastAPI's dependency resolution, which would take half of its
-    time, unless there is a query.
+    A hot read, one that may answer 304, skips FastAPI's dependency resolution, which would take half of its time, if it
+    has no query.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

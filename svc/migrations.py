@@ -13,14 +13,14 @@ Refused before anything runs: a file that was edited, renamed or deleted after i
 number, and, unless --allow-out-of-order is given, a pending file that is older than the newest applied one. A database
 that newer code has migrated is left as it is.
 
-`down` first prints which tables that hold rows will go. To find them it runs the files in one transaction and rolls it
-back, so it takes their locks for a moment, also with --dry-run. It leaves out `-- no-transaction` files.
+`down` first prints which tables that hold rows will go. To find them it runs the files, but not those
+with `-- no-transaction`, in a transaction that it rolls back: so it takes their locks for a moment, even in a dry run.
 
 Only one runner works at a time. Others wait for it, at most MIGRATION_WAIT seconds. A statement that waits for a lock
 longer than MIGRATION_LOCK_TIMEOUT seconds fails, unless its file sets another lock_timeout. CREATE INDEX CONCURRENTLY,
 alone in its file, cannot: set MIGRATION_LOCK_TIMEOUT=3600 for it if long transactions are open.
 
-Exit codes: 0 done; 1 refused or failed, and for `status` and `verify` something is pending or wrong; 2 wrong usage.
+Exit codes: 0 done; 1 refused or failed, for `verify` something is wrong, for `status` also pending; 2 wrong usage.
 """
 
 import hashlib

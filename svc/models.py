@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
 
 MAX_DEPTH = 100
-MAX_DOCUMENT_BYTES = 8 * 1024**2  # as PostgreSQL prints it, which checks it too
+MAX_DOCUMENT_BYTES = 8 * 1024**2  # as PostgreSQL prints it, and checks it too
 MAX_VERSION = 2**31 - 1
 MAX_POSITION = 2**63 - 1
 MAX_CONTAINS = 2048
@@ -31,7 +31,7 @@ def parse_json(text: bytes | str) -> Any:
     Raises ValueError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice in one
     object, NaN and infinities, numbers beyond a double, integers of more than 4,300 characters, depth over 200.
     """
-    from_json(text, allow_inf_nan=False)  # refuses all of that but what the two hooks refuse
+    from_json(text, allow_inf_nan=False)  # refuses what the two hooks do not
     return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number_parser())
 
 
@@ -45,7 +45,7 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number_parser() -> Callable[[str], float | int]:
     """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
-    Every double from 1e16 on is whole. Raises ValueError for 1e400, and where all of them have more digits than a
+    Every double from 1e16 on is whole. Raises ValueError for 1e400, and if together they have more digits than a
     document may: 1 MB of 1e308 has 53 MB, and no other request is served while they are written out.
     """
     digits = 0.0

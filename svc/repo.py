@@ -20,7 +20,7 @@ from svc.models import Conditions
 
 # A page of a list ends after so many bytes of documents: it bounds what one request brings into memory at once.
 PAGE_BYTES = 1024**2
-# How often a write that creates or replaces runs while others create and delete the same.
+# How often a PUT by name or a restore runs while others create and delete the same.
 TRIES = 5
 # What the role of the service needs at least.
 GRANTS = {
@@ -71,9 +71,9 @@ CHANGE = """
     this.configuration_id, this.application_id, this.name, this.version, this.operation, this.actor, this.recorded_at
 """
 VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
-# For the trigger that records the versions of configurations. It is always true.
+# Tells the trigger that records versions who writes. It is always true.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) IS NOT NULL"
-# If-Match and If-None-Match (RFC 9110, section 13.1).
+# If-Match, If-None-Match (RFC 9110, section 13.1; `conditions_hold` is the same in Python), and ACTOR.
 CONDITIONS = f"""
     (%(if_match)s::text[] = '{{}}' OR %(if_match)s && ARRAY['*', this.etag])
     AND NOT %(if_none_match)s && ARRAY['*', this.etag]
@@ -82,7 +82,7 @@ CONDITIONS = f"""
 
 
 def etag_matches(row: Row | None, etags: Iterable[str]) -> bool:
-    """Whether the ETag of what a row shows is among these, or is anything where these are *."""
+    """Whether the row has an ETag, and it is among these, or these are *."""
     return row is not None and row["etag"] is not None and not {"*", row["etag"]}.isdisjoint(etags)
 
 
@@ -363,9 +363,9 @@ def _find(key: Key) -> tuple[str, dict[str, Any]]:
 
 
 def _in_its_application(id: str) -> str:
-    """Lock its application before a configuration that goes or may get another's name.
+    """Lock the application before a configuration is deleted or gets a new name.
 
-    The deletion of the application locks it first too: none of them then has what another waits for.
+    The deletion of the application does so too: none of them then waits for another in a circle.
     """
     return f"""
         this.application_id = (
@@ -388,7 +388,7 @@ def _assign(changes: BaseModel, merge: bool = False) -> str:
 async def _write(
     name: str, statement: str, params: dict[str, Any], read: Callable[[Any], Awaitable[Row | None]], key: Key
 ) -> Row | None:
-    """The row as written, or as it is if it was left alone (`written` is false), or None without any."""
+    """The row as written, or as it is if it was left alone (`written` is false), or None if there is none."""
     if rows := await db.fetch(name, statement, {"actor": actor.get(), **params}):
         return {**rows[0], "written": True}
     row = await read(key)
@@ -418,7 +418,7 @@ async def _write_or_create(
             if attempt == TRIES:
                 raise
             continue
-        # It was deleted meanwhile if there is an application, and nothing forbids what was not done.
+        # Not done although allowed, and the application is there: deleted meanwhile, so try again.
         if row is None or row["written"] or not row.get("application_id") or not conditions_hold(row, when):
             return row
     raise OperationalError("others write it at the same time")

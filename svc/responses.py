@@ -26,7 +26,7 @@ async def read_or_wait(request: Request, key: repo.Key, wait: float | None) -> R
     if wait is None:
         return await repo.read_configuration(key)
     if not request.when.if_none_match:
-        raise invalid("To wait for a change, name in If-None-Match what you have", "wait", "query", "wait")
+        raise invalid("To wait for a change, send your ETag in If-None-Match", "wait", "query", "wait")
     if watch.count() < settings.load().max_waiters:
         return await watch.until_changed(request, key, frozenset(request.when.if_none_match), wait)
     row = await repo.read_configuration(key)
@@ -63,7 +63,7 @@ async def _in_chunks[T: (str, bytes)](text: T) -> AsyncIterator[T]:
 
 
 def created(request: Request, row: Row) -> Response:
-    """201. What was sent to its own path is there, anything else below it under its id."""
+    """201. Location is the path of a PUT; for a POST the id is added to the path."""
     path = request.scope["path"]
     headers = {"ETag": row["etag"], "Location": path if request.method == "PUT" else f"{path}/{row['id']}"}
     return json_response(row["json"], 201, headers)
@@ -72,7 +72,7 @@ def created(request: Request, row: Row) -> Response:
 def written(row: Row | None, when: Conditions) -> Response:
     """The answer to a conditional write: 404 comes before 412 (RFC 9110, section 13.2.1)."""
     if row is not None and not row["written"] and row["etag"]:
-        if conditions_hold(row, when):  # when the statement looked, there was another, which is deleted now
+        if conditions_hold(row, when):  # it has changed since the statement looked
             raise HTTPException(503, "Others wrote it at the same time: try again.", RETRY_AFTER)
         raise HTTPException(412, _what_failed(row, when), {"ETag": row["etag"]})
     response = document(row)

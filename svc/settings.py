@@ -1,4 +1,4 @@
-"""The environment, typed: every setting with its bounds, read from the environment over `svc/.env`."""
+"""The environment, typed: every setting with its bounds, from the environment, or else from `svc/.env`."""
 
 import logging
 from contextlib import suppress
@@ -39,7 +39,7 @@ class Settings(BaseSettings):
 
     database_url: Database | None = None
     database_test_url: Database | None = None
-    auth: Literal["on", "off"] | None = None  # None: nobody said, which serves as off
+    auth: Literal["on", "off"] | None = None  # None: not set, which means off
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     debug: bool = False
     host: str = "127.0.0.1"
@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     db_connect_timeout: int = Field(2, ge=2, le=60)  # whole seconds, and libpq raises 1 to 2
     db_lock_timeout: Seconds = 2
     db_statement_timeout: Seconds = 3
-    db_deadline: float = Field(4.5, gt=0, le=5)  # room for a read behind another, each with a connect to a silent host
+    db_deadline: float = Field(4.5, gt=0, le=5)  # room for two reads in a row that both connect to a silent host
     db_slow_statement: Seconds = 0.5
 
     migration_lock_timeout: Seconds = 5

@@ -21,14 +21,14 @@ from svc.db import Row, one_line
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25  # seconds
-SHARE = 1 / 20  # of the time that looks may take
+SHARE = 1 / 20  # of the time, at most, for looks
 DEBOUNCE = 0.01  # seconds: writes this close together share one look
-JITTER = 0.00005  # seconds a woken reader, so that thousands do not read at the same instant
+JITTER = 0.00005  # seconds for each woken reader, so that thousands do not read at once
 
 # The id of the configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
 _readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
 _changed = asyncio.Event()
-_tokens: dict[str, Row] = {}  # those that counted at the last look
+_tokens: dict[str, Row] = {}  # those that were valid at the last look
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ def count() -> int:
 
 
 async def until_changed(request: Request, key: repo.Key, known: frozenset[str], seconds: float) -> Row | None:
-    """The row once its ETag is none of those known, None once there is none; after so many seconds, as it is then.
+    """The row as it is once its ETag is not known (it may be gone), or else after so many seconds.
 
     It holds neither a thread nor a connection while it waits. It ends early when the client goes away, the service
     stops, or the client's token no longer counts (401). A database that is away is an error only for the first read.
@@ -65,7 +65,7 @@ async def until_changed(request: Request, key: repo.Key, known: frozenset[str], 
     wake = asyncio.Event()
     gone = asyncio.create_task(_wait_for_disconnect(request))
     gone.add_done_callback(lambda _: wake.set())
-    _readers[wake] = "", known  # counts from now on
+    _readers[wake] = "", known  # counts from now on; no configuration has this id
     try:
         row = await repo.read_configuration(key)
         while repo.etag_matches(row, known) and loop.time() < until and not gone.done() and not _is_stopping():
@@ -91,7 +91,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 def _is_stopping() -> bool:
     """Whether uvicorn was told to stop. It waits for every answer before it tells the application.
 
-    Its handler of SIGTERM is a method of the server, which knows.
+    Its SIGTERM handler is a method of the server, which knows.
     """
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return getattr(server, "should_exit", False)
@@ -109,7 +109,7 @@ async def _keep_looking() -> None:
                 log.warning("changes cannot be seen: %s", one_line(error))
             available, began = False, monotonic()  # how long it took to fail says nothing of what a look costs
         spent = monotonic() - began
-        rest = min(spent, before) / SHARE  # of two, as a look is slow at times for reasons of others
+        rest = min(spent, before) / SHARE  # the faster of two: other load slows a look at times
         before = spent
         await asyncio.sleep(rest)
         with suppress(TimeoutError):

@@ -115,7 +115,7 @@ def test_who_has_it_is_answered_with_304_after_so_many_seconds(client, path, eta
     assert float(seconds) < response.elapsed.total_seconds() < 5
 
 
-BAD_WAITS = [("", "number"), ("-1", "equal to 0"), ("60.1", "60"), ("nan", "equal to"), ("1", "name in If-None-Match")]
+BAD_WAITS = [("", "number"), ("-1", "equal to 0"), ("60.1", "60"), ("nan", "equal to"), ("1", "If-None-Match")]
 
 
 @pytest.mark.parametrize(("seconds", "words"), BAD_WAITS)

@@ -72,8 +72,8 @@ CREATE INDEX configuration_versions_application_id_idx ON configuration_versions
 -- What a writer says of versions, sizes, times and ETags does not count: they follow from what happens to the row.
 -- Functions resolve names in the schema of this migration, whatever the search_path of the caller is.
 
--- It holds the time as well: in a database that went back in time the numbers of versions repeat.
--- It reads no table, so it needs no search_path, and PostgreSQL can put it in the place of its call.
+-- An ETag holds the time too: in a database that went back in time the numbers of versions repeat.
+-- It reads no table, so it needs no search_path, without which PostgreSQL can inline it.
 CREATE FUNCTION make_etag(id text, version integer, updated_at timestamptz) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT format('"%s.%s.%s"', id, version, (extract(epoch FROM updated_at) * 1000000)::bigint)
@@ -105,7 +105,7 @@ DECLARE
     document text := NEW.config::text;
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        -- The numbers of one that was deleted and comes back go on.
+        -- One that was deleted and comes back goes on counting.
         NEW.version := 1 + coalesce(
             (SELECT max(version) FROM configuration_versions WHERE configuration_id = NEW.id), 0
         );
@@ -128,7 +128,7 @@ BEGIN
 END
 $$;
 
--- Before the change, so that a writer locks the application first and none waits for another in a circle.
+-- Before the change, so that every writer locks the application first and none deadlock.
 CREATE FUNCTION renew_application() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     UPDATE applications SET version = version + 1 WHERE id = coalesce(NEW.application_id, OLD.application_id);
