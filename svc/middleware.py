@@ -92,7 +92,7 @@ async def _start(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> No
 def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
     """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT.
 
-    After the body nothing is received: only GET waits for the client to go away.
+    What is received after the body is that the client went away, for as long as the answer takes.
     """
     limit = settings.load().max_body_bytes
     until = asyncio.get_running_loop().time() + settings.load().body_timeout
@@ -100,7 +100,7 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
     received = 0
 
     async def receive_limited() -> Message:
-        nonlocal received
+        nonlocal received, until
         if closing:
             raise HTTPException(400, "Connections are not upgraded here: send the body without Connection: upgrade")
         if announced <= limit:
@@ -110,6 +110,8 @@ def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
             except TimeoutError:
                 raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"}) from None
             received += len(message.get("body", b""))
+            if not message.get("more_body"):
+                until = None
         if max(announced, received) > limit:
             raise HTTPException(413, f"A body has at most {limit} bytes.")
         return message

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -385,6 +386,21 @@ def test_an_answer_that_is_not_read_breaks_off_in_one_line_of_the_log(url, impat
         with pytest.raises((IncompleteRead, ConnectionResetError)):
             answer.read()
     assert log.read_text().count(f"{place}: the client does not read\n") == 1
+
+
+def test_the_answer_to_a_write_may_take_longer_than_its_body_may(url, impatient):
+    base, _ = impatient
+    with documents(url, 1, "jsonb_build_object('a', repeat('x', 8300000))") as [_, id], socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.connect((httpx.URL(base).host, httpx.URL(base).port))
+        connection.sendall(request("PUT", f"{CONFIGURATIONS}/{id}", b'{"comments": "new"}', JSON))
+        answer, began, read = HTTPResponse(connection), monotonic(), b""
+        answer.begin()
+        while piece := answer.read(262144):
+            read += piece
+            time.sleep(0.04)  # a client with a slow line, who reads on and on
+        assert monotonic() - began > 1
+        assert json.loads(read)["comments"] == "new"
 
 
 @pytest.mark.slow
