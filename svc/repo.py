@@ -73,6 +73,8 @@ CHANGE = """
 VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
 # Tells the trigger that records versions who writes. It is always true.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) IS NOT NULL"
+# For a write by name: when its statement looked, another may have been about to change the name.
+STILL_NAMED = "(%(own_name)s::text IS NULL OR this.name = %(own_name)s)"
 # If-Match, If-None-Match (RFC 9110, section 13.1; `conditions_hold` is the same in Python), and ACTOR.
 CONDITIONS = f"""
     (%(if_match)s::text[] = '{{}}' OR %(if_match)s && ARRAY['*', this.etag])
@@ -221,7 +223,8 @@ async def update_configuration(
     statement = f"""
         UPDATE configurations AS this
         SET {_assign(changes, merge)}
-        WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id) if changes.name else "true"}
+        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS}
+          AND {_in_its_application(id) if changes.name else "true"}
         RETURNING {CONFIGURATION}
     """
     params |= {**dict(changes), **when._asdict()}
@@ -234,7 +237,7 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
     update = f"""
         UPDATE configurations AS this
         SET {_assign(new)}
-        WHERE this.id = {id} AND {CONDITIONS}
+        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS}
     """
     source = f"""
         SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s::jsonb
@@ -249,7 +252,7 @@ async def delete_configuration(key: Key, when: Conditions) -> Row | None:
     id, params = _find(key)
     statement = f"""
         DELETE FROM configurations AS this
-        WHERE this.id = {id} AND {CONDITIONS} AND {_in_its_application(id)}
+        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS} AND {_in_its_application(id)}
         RETURNING this.etag, '' AS json
     """
     return await _write("delete_configuration", statement, params | when._asdict(), read_configuration, key)
@@ -353,7 +356,7 @@ async def read_state() -> Row:
 def _find(key: Key) -> tuple[str, dict[str, Any]]:
     """The SQL of a configuration's id, and its parameters."""
     if isinstance(key, str):
-        return "%(id)s", {"id": key}
+        return "%(id)s", {"id": key, "own_name": None}
     id = """(
         SELECT c.id
         FROM applications AS a JOIN configurations AS c ON c.application_id = a.id

@@ -165,8 +165,10 @@ def test_versions_and_times_follow_from_changes_whatever_a_writer_says(url, tabl
 # --- Writers that wait for each other ---
 
 
+BLOCKED = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
 BY_ID, BY_NAME = "/configurations/{c}", "/applications/{name}/configurations/production"
 GONE = "DELETE FROM applications WHERE id = '{a}'"
+RENAMED = "UPDATE configurations SET name = 'renamed' WHERE id = '{c}'"
 ADDED = "INSERT INTO configurations SELECT '{new}', '{empty}', 'n', '', config FROM configurations WHERE id = '{c}'"
 
 
@@ -177,6 +179,8 @@ ADDED = "INSERT INTO configurations SELECT '{new}', '{empty}', 'n', '', config F
         ("DELETE", BY_NAME, GONE, 404),
         ("PATCH", BY_ID, GONE, 404),
         ("PATCH", BY_NAME, GONE, 404),
+        ("DELETE", BY_NAME, RENAMED, 404),
+        ("PATCH", BY_NAME, RENAMED, 404),
         ("POST", f"{BY_ID}/versions/1/restore", GONE, 404),
         ("DELETE", "/applications/{a}", "DELETE FROM configurations WHERE id = '{c}'", 204),
         ("DELETE", "/applications/{empty}", ADDED, 409),
@@ -189,11 +193,10 @@ def test_a_write_locks_the_application_first_and_goes_by_what_is_stored_then(
     ids = {"a": application["id"], "name": application["name"], "c": configuration["id"], "new": str(ULID())}
     ids["empty"] = client.post("/applications", json={"name": ids["new"]}).json()["id"]
     rename = {"headers": {"Content-Type": "application/merge-patch+json"}, "content": '{"name": "n"}'}
-    blocked = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
     with ThreadPoolExecutor(1) as threads, closing(psycopg2.connect(url)) as other, other.cursor() as cursor:
         cursor.execute("SELECT FROM applications WHERE id IN (%(a)s, %(empty)s) FOR UPDATE", ids)
         answer = threads.submit(client.request, method, path.format(**ids), **(rename if method == "PATCH" else {}))
-        until(lambda: run_sql(url, blocked, other.info.backend_pid))
+        until(lambda: run_sql(url, BLOCKED, other.info.backend_pid))
         cursor.execute("SELECT FROM configurations WHERE id = %(c)s FOR UPDATE NOWAIT", ids)
         cursor.execute(meanwhile.format(**ids))
         other.commit()
@@ -204,6 +207,17 @@ def test_who_keeps_the_name_of_a_configuration_waits_for_nobody(client, url, app
     with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT FROM applications WHERE id = %s FOR UPDATE", (application["id"],))
         assert client.put(f"/configurations/{configuration['id']}", json={"config": {}}).status_code == 200
+
+
+def test_a_put_leaves_alone_what_gets_another_name_while_it_waits(client, url, application, configuration):
+    path = BY_NAME.format(name=application["name"])
+    with ThreadPoolExecutor(1) as threads, closing(psycopg2.connect(url)) as other, other.cursor() as cursor:
+        cursor.execute("UPDATE configurations SET name = 'renamed' WHERE id = %s", (configuration["id"],))
+        answer = threads.submit(client.put, path, json={"config": {}})
+        until(lambda: run_sql(url, BLOCKED, other.info.backend_pid))
+        other.commit()
+        assert (answer.result().status_code, answer.result().json()["name"]) == (201, "production")
+    assert client.get(f"/configurations/{configuration['id']}").json()["config"] == configuration["config"]
 
 
 def test_what_a_put_of_an_application_shows_is_one_state_while_configurations_are_added(client, application):
