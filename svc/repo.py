@@ -5,6 +5,7 @@ In every statement `this` is the row that is read or written.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from psycopg2 import OperationalError
@@ -313,7 +314,9 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
     params = {"id": id, "version": version, **when._asdict()}
-    return await _write_or_create("restore_version", update, source, params, when, id)
+    write = partial(_write_or_create, "restore_version", update, source, params, when, id)
+    # There is nothing to restore, or it was deleted while the statement waited for it: once more tells.
+    return await write() or await write()
 
 
 def list_changes(wanted: models.ChangeFilter) -> AsyncIterator[Row]:

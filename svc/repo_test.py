@@ -168,6 +168,7 @@ def test_versions_and_times_follow_from_changes_whatever_a_writer_says(url, tabl
 BLOCKED = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
 BY_ID, BY_NAME = "/configurations/{c}", "/applications/{name}/configurations/production"
 GONE = "DELETE FROM applications WHERE id = '{a}'"
+DELETED = "DELETE FROM configurations WHERE id = '{c}'"
 RENAMED = "UPDATE configurations SET name = 'renamed' WHERE id = '{c}'"
 ADDED = "INSERT INTO configurations SELECT '{new}', '{empty}', 'n', '', config FROM configurations WHERE id = '{c}'"
 
@@ -182,7 +183,8 @@ ADDED = "INSERT INTO configurations SELECT '{new}', '{empty}', 'n', '', config F
         ("DELETE", BY_NAME, RENAMED, 404),
         ("PATCH", BY_NAME, RENAMED, 404),
         ("POST", f"{BY_ID}/versions/1/restore", GONE, 404),
-        ("DELETE", "/applications/{a}", "DELETE FROM configurations WHERE id = '{c}'", 204),
+        ("POST", f"{BY_ID}/versions/1/restore", DELETED, 200),
+        ("DELETE", "/applications/{a}", DELETED, 204),
         ("DELETE", "/applications/{empty}", ADDED, 409),
     ],
 )
