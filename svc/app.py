@@ -325,6 +325,7 @@ app.middleware_stack = middleware(app.router)
 openapi = app.openapi()
 openapi["components"]["schemas"] |= errors.schemas()
 openapi["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+openapi["servers"] = app.servers  # to which FastAPI adds root_path
 openapi["security"] = [{"token": []}]
 for described in (each for methods in openapi["paths"].values() for each in methods.values()):
     headers = IF_NONE_MATCH * ("304" in described["responses"]) + CONDITIONS * ("412" in described["responses"])

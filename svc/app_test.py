@@ -342,6 +342,7 @@ def test_behind_a_proxy_every_path_has_its_prefix(base_url, name):
         next_page = f"/config/api/v1/configurations?{query}&after={page.json()[0]['id']}"
         assert page.links["next"]["url"] == next_page
         assert httpx.get(f"{base}/health").headers["cache-control"] == "no-store"
+        assert httpx.get(f"{base}/openapi.json").json()["servers"] == [{"url": "/config"}]  # where /docs sends
 
 
 def test_openapi_describes_every_operation(base_url):
