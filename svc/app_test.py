@@ -166,6 +166,7 @@ CONDITIONS = [
     ("If-None-Match", "TAG", "If-None-Match names"),
     ("If-None-Match", 'W/"x", W/TAG', "If-None-Match names"),
     ("If-None-Match", "*", "If-None-Match names"),
+    ("If-None-Match", "*, *", "If-None-Match names"),  # in two lines
 ]
 
 

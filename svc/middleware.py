@@ -136,11 +136,11 @@ class Request(fastapi.Request):
 
 
 def _parse_etags(lines: list[str]) -> list[str]:
-    """The entity tags of a header, or * if that is all of it. What is malformed matches no ETag."""
+    """The entity tags of a header, or * if it has none but that. What is malformed matches no ETag."""
     if not lines:
         return lines
     value = ", ".join(lines).strip()
-    return re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value]
+    return re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value[:1]]
 
 
 class Route(APIRoute):
