@@ -97,6 +97,8 @@ async def fetch(
         if _last_outage is not None:
             _log_outage(None)
         return rows
+    except RuntimeError:
+        raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
     except TimeoutError:
         renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
         silent = psycopg2.OperationalError("the database did not answer in time")

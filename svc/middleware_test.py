@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from time import monotonic, process_time
 from typing import Any
 
 import httpx
+import psycopg2
 import pytest
 from ulid import ULID
 
@@ -241,6 +242,21 @@ def test_a_request_that_is_cut_off_at_shutdown_is_503(url):
         answer = ask(connection, b"")
         assert problem(answer, 503).detail == "The service is shutting down: try again."
         assert answer.headers["retry-after"] == "1"
+
+
+def test_a_request_that_follows_one_that_is_cut_off_at_shutdown_is_503_too(url):
+    sent = request("POST", APPLICATIONS, b'{"name": "n"}') + request("DELETE", f"{APPLICATIONS}/{UNKNOWN}")
+    with (
+        service(url, shutdown_timeout=1) as (process, base),
+        connect(base) as connection,
+        closing(psycopg2.connect(url)) as other,
+    ):
+        other.cursor().execute("LOCK TABLE applications")
+        connection.sendall(sent)
+        until(lambda: run_sql(url, "SELECT pid FROM pg_locks WHERE NOT granted"))
+        process.send_signal(signal.SIGTERM)
+        said = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", said) == [b"503", b"503"]
 
 
 # --- Too large, too slow ---
