@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import psycopg2
-from psycopg2.errors import DeadlockDetected, ReadOnlySqlTransaction, SerializationFailure
+from psycopg2.errors import DeadlockDetected, FeatureNotSupported, ReadOnlySqlTransaction, SerializationFailure
 from psycopg2.extensions import connection, parse_dsn
 from psycopg2.extras import RealDictCursor
 from psycopg2.pool import ThreadedConnectionPool
@@ -105,8 +105,10 @@ async def fetch(
         _log_outage(silent)
         raise silent from None
     except psycopg2.Error as error:
-        if isinstance(error, ReadOnlySqlTransaction):
-            renew()  # a connection stays read-only when its database or its server no longer is
+        if isinstance(error, ReadOnlySqlTransaction | FeatureNotSupported):
+            # A connection stays read-only when its database or its server no longer is, and keeps what it prepared
+            # when a migration has changed the type of what that returns.
+            renew()
         if is_outage(error):
             _log_outage(error)
         raise

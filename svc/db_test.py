@@ -139,6 +139,20 @@ def test_a_statement_that_fails_because_of_others_runs_twice_and_no_more(url, co
     run(url, work)
 
 
+def test_a_migration_of_what_a_write_returns_fails_one_write_of_a_connection_at_most(url):
+    async def write(name: str) -> int:
+        return await value("INSERT INTO counters (name) VALUES (%(name)s) RETURNING n", name=name)
+
+    async def work() -> int:
+        await write("before")
+        run_sql(url, "ALTER TABLE counters ALTER n TYPE bigint")
+        with pytest.raises(psycopg2.errors.FeatureNotSupported, match="cached plan must not change result type"):
+            await write("after")
+        return await write("then")
+
+    assert run(url, work) == 0
+
+
 # --- In time ---
 
 
