@@ -112,8 +112,8 @@ async def _read_since(time: float) -> None:
 
 def new(name: str, role: str, application: str | None, expires: int | None) -> None:
     """Make a token, and print it: it cannot be shown again"""
-    if not re.fullmatch("[A-Za-z0-9._@-]{1,64}", name):
-        raise SystemExit("the name of a token has 1 to 64 letters, digits, or . _ @ -")
+    if not re.fullmatch("(?!cfs_)[A-Za-z0-9._@-]{1,64}", name):
+        raise SystemExit("the name of a token has 1 to 64 letters, digits, or . _ @ -, and does not begin with cfs_")
     token = f"cfs_{secrets.token_urlsafe(32)}"
     hash = sha256(token.encode()).hexdigest()
     with migrations.connect() as cursor:

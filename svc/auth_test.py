@@ -399,6 +399,7 @@ def test_a_mistake_is_one_line_that_repeats_no_secret_and_makes_nothing(token, c
         ("new", name, "--role", "write"),
         ("new", f"{name}-2", "--role", "write", "--application", "nowhere"),
         ("new", "with blank", "--role", "write"),
+        ("new", "cfs_hunter2", "--role", "write"),
         ("new", f"{name}-3", "--role", "admin"),
         ("new", f"{name}-4"),
         ("revoke", "nobody"),

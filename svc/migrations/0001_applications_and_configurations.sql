@@ -31,7 +31,7 @@ CREATE TABLE configurations (
     CONSTRAINT configurations_size_check CHECK (size <= 8388608)
 );
 
--- What GET shows of a configuration.
+-- What GET shows of a configuration. Processes that run use it: a migration that shows more makes another type.
 CREATE TYPE shown_configuration AS (
     id             text,
     application_id text,
