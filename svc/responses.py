@@ -78,9 +78,7 @@ def written(row: Row | None, when: Conditions) -> Response:
         if conditions_hold(row, when):  # it has changed since the statement looked
             raise HTTPException(503, "Others wrote it at the same time: try again.", RETRY_AFTER)
         raise HTTPException(412, _what_failed(row, when), {"ETag": row["etag"]})
-    response = document(row)
-    watch.changed()
-    return response
+    return document(row)
 
 
 def deleted(row: Row | None, when: Conditions) -> Response:

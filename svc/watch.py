@@ -1,4 +1,4 @@
-"""Long polling. Looks for changes by any process while somebody waits, and at once after a write in this process.
+"""Long polling. Looks for changes by any process while somebody waits.
 
 A look is one statement for everything that is watched. It compares what is stored with what each reader has, so a
 change is found whenever it happened, and none can fall between a read and the wait after it.
@@ -22,31 +22,21 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25  # seconds
 SHARE = 1 / 20  # of the time, at most, for looks
-DEBOUNCE = 0.01  # seconds: writes this close together share one look
 JITTER = 0.00005  # seconds for each woken reader, so that thousands do not read at once
 
 # The id of the configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
 _readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
-_changed = asyncio.Event()
 _tokens: dict[str, Row] = {}  # those that were valid at the last look
 
 
 @asynccontextmanager
 async def opened() -> AsyncIterator[None]:
     """Look for changes until the block ends."""
-    global _changed
-    _changed = asyncio.Event()
     looking = asyncio.create_task(_keep_looking())
     try:
         yield
     finally:
         looking.cancel()
-
-
-def changed() -> None:
-    """Look at once, if anybody waits. To be called after every update and delete: nobody waits for what is new."""
-    if _readers:
-        _changed.set()
 
 
 def count() -> int:
@@ -109,14 +99,9 @@ async def _keep_looking() -> None:
                 log.warning("changes cannot be seen: %s", one_line(error))
             available, began = False, monotonic()  # how long it took to fail says nothing of what a look costs
         spent = monotonic() - began
-        rest = min(spent, before) / SHARE  # the faster of two: other load slows a look at times
+        # The faster of two: other load slows a look at times.
+        await asyncio.sleep(max(LOOK_EVERY - spent, min(spent, before) / SHARE))
         before = spent
-        await asyncio.sleep(rest)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_EVERY - rest - spent):
-                await _changed.wait()
-                await asyncio.sleep(DEBOUNCE)
-        _changed.clear()
 
 
 async def _look() -> None:
