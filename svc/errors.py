@@ -172,9 +172,7 @@ def problems(*statuses: int) -> dict[int | str, Any]:
     """The errors of a route, for OpenAPI."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
-        status: {
-            "content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}},
-        }
+        status: {"content": {MEDIA_TYPE: {"schema": schema, "example": _members(status, **EXAMPLES[status])}}}
         for status in statuses
     }
 
