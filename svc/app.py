@@ -16,7 +16,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Path, Quer
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator
 
-from svc import auth, db, errors, index, metrics, migrations, models, repo, settings, watch
+from svc import db, errors, index, metrics, migrations, models, repo, settings, watch
 from svc.errors import problems
 from svc.middleware import Request, Route, middleware
 from svc.responses import created, deleted, document, json_response, read_or_wait, stream_list, written
@@ -262,7 +262,7 @@ async def list_changes(request: Request, wanted: Annotated[models.ChangeFilter, 
 # --- The service itself ---
 
 
-@operation.get("/health")
+@operation.get("/health", openapi_extra={"security": []})
 async def health() -> dict[str, str]:
     """200 if the database answers, takes writes, and has the schema and the grants that this code needs."""
     if fault := await find_fault():
@@ -283,13 +283,13 @@ async def find_fault() -> str | None:
     return migrations.health(state["migrations"])
 
 
-@operation.get("/health/live")
+@operation.get("/health/live", openapi_extra={"security": []})
 async def health_live() -> dict[str, str]:
     """200 while the process serves. It never asks the database."""
     return {"status": "ok"}
 
 
-@operation.get("/metrics", response_class=PlainTextResponse)
+@operation.get("/metrics", response_class=PlainTextResponse, responses=problems(401, 403))
 async def read_metrics() -> Response:
     """What the process that answers has counted, for Prometheus."""
     return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
@@ -313,10 +313,10 @@ app = FastAPI(
     lifespan=lifespan,
     redirect_slashes=False,
     generate_unique_id_function=lambda route: route.name,
-    responses=problems(400, 401, 403, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
+    responses=problems(400, 503) | {"default": problems(405)[405] | {"description": "Any other error"}},
 )
 for router in (applications, configurations, named, versions, changes):
-    app.include_router(router, prefix="/api/v1")
+    app.include_router(router, prefix="/api/v1", responses=problems(401, 403))
 app.include_router(operation)
 # In place of the error middlewares of Starlette: this one answers every error.
 app.middleware_stack = middleware(app.router)
@@ -330,10 +330,6 @@ openapi["security"] = [{"token": []}]
 for described in (each for methods in openapi["paths"].values() for each in methods.values()):
     headers = IF_NONE_MATCH * ("304" in described["responses"]) + CONDITIONS * ("412" in described["responses"])
     described.setdefault("parameters", []).extend(headers)
-for path in auth.OPEN & openapi["paths"].keys():
-    read = openapi["paths"][path]["get"]
-    read["security"] = []
-    del read["responses"]["401"], read["responses"]["403"]
 
 # Routes are tried in this order: first those that are asked most.
 app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
