@@ -87,7 +87,8 @@ async def fetch(
     global _pending
     loop = asyncio.get_running_loop()
     job = loop.create_future()
-    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, TimeoutError())
+    silent = psycopg2.OperationalError("the database did not answer in time")
+    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, silent)
     _pending += 1
     try:
         if _pending > _settings.db_queue_limit and not urgent:
@@ -99,15 +100,11 @@ async def fetch(
         return rows
     except RuntimeError:
         raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
-    except TimeoutError:
-        renew()  # the idle ones lead to the same silent server, and each would cost somebody the whole deadline
-        silent = psycopg2.OperationalError("the database did not answer in time")
-        _log_outage(silent)
-        raise silent from None
     except psycopg2.Error as error:
-        if isinstance(error, ReadOnlySqlTransaction | FeatureNotSupported):
-            # A connection stays read-only when its database or its server no longer is, and keeps what it prepared
-            # when a migration has changed the type of what that returns.
+        # The idle ones lead to the same silent server, and each would cost somebody the whole deadline. A connection
+        # stays read-only when its database or its server no longer is, and keeps what it prepared when a migration
+        # has changed the type of what that returns.
+        if error is silent or isinstance(error, ReadOnlySqlTransaction | FeatureNotSupported):
             renew()
         if is_outage(error):
             _log_outage(error)
