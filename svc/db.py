@@ -95,8 +95,7 @@ async def fetch(
             raise psycopg2.OperationalError("the queue for the database is full")
         (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
         rows = await job
-        if _last_outage is not None:
-            _log_outage(None)
+        _log_outage(None)
         return rows
     except RuntimeError:
         raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
@@ -240,7 +239,7 @@ def _log_outage(error: psycopg2.Error | None) -> None:
         if _last_outage is None:
             log.error("database unavailable: %s", one_line(error))
         _last_outage = monotonic()
-    elif monotonic() - _last_outage > CALM:
+    elif _last_outage is not None and monotonic() - _last_outage > CALM:
         _last_outage = None
         log.info("database available again")
 
