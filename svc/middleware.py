@@ -52,11 +52,8 @@ def middleware(app: ASGIApp) -> ASGIApp:
                     message["headers"].append((b"connection", b"close"))
             if "more_body" in message:
                 # It waits for the client to read what was sent before: a list must not be held for ever.
-                try:
-                    async with asyncio.timeout(settings.load().body_timeout):
-                        await send(message)
-                except TimeoutError:
-                    raise TimeoutError("the client does not read") from None
+                async with asyncio.timeout(settings.load().body_timeout):
+                    await send(message)
             else:
                 await send(message)
 
@@ -67,7 +64,7 @@ def middleware(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, answer)
         except (Exception, asyncio.CancelledError) as error:
             if status:
-                log.error("%s broke off: %s", errors.place(scope), one_line(error.__cause__ or error))
+                log.error("%s broke off: %s", errors.place(scope), one_line(error))
             else:
                 await errors.respond(scope, error)(scope, receive, answer)
         finally:

@@ -401,7 +401,7 @@ def test_an_answer_that_is_not_read_breaks_off_in_one_line_of_the_log(url, impat
         answer.begin()
         with pytest.raises((IncompleteRead, ConnectionResetError)):
             answer.read()
-    assert log.read_text().count(f"{place}: the client does not read\n") == 1
+    assert log.read_text().count(f"{place}: TimeoutError\n") == 1
 
 
 def test_the_answer_to_a_write_may_take_longer_than_its_body_may(url, impatient):
