@@ -29,8 +29,12 @@ def middleware(app: ASGIApp) -> ASGIApp:
     """Answer every failure as a problem, and log every write and every 401 and 403 in one line."""
 
     async def handle(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await _start(app, scope, receive, send)
+        if scope["type"] != "http":  # the lifespan
+            try:
+                settings.load().database()
+            except SystemExit as error:  # of a wrong setting: one line, where Starlette would send a traceback
+                return await send({"type": "lifespan.startup.failed", "message": error.code})
+            return await app(scope, receive, send)
         began, status = perf_counter(), 0
         method = scope["method"]
         # uvicorn reads no body behind a head that asks for an upgrade.
@@ -74,16 +78,6 @@ def middleware(app: ASGIApp) -> ASGIApp:
             log.log(level, "%s %s %s %d %.1f ms", repo.actor.get(), method, scope["path"], status, seconds * 1000)
 
     return handle
-
-
-async def _start(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run the lifespan. A wrong setting ends it with one line, where Starlette would send a traceback."""
-    try:
-        settings.load().database()
-    except SystemExit as error:
-        await send({"type": "lifespan.startup.failed", "message": error.code})
-    else:
-        await app(scope, receive, send)
 
 
 def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
