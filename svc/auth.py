@@ -42,7 +42,8 @@ async def check(scope: Scope) -> None:
     if row is None:
         raise _refuse(401, "This token is unknown, expired or revoked.", "invalid_token")
     repo.actor.set(f"token:{row['name']}")
-    if row["application_id"] is not None and not _is_below(path, row["application_name"]):
+    below = re.match("/api/v1/applications/([^/]*)/configurations(/|$)", path)
+    if row["application_id"] is not None and not (below and unquote(below[1]) == row["application_name"]):
         raise _refuse(403, "This token is for the configurations of one application, by name.", "insufficient_scope")
     if row["role"] != "write" and scope["method"] != "GET":
         raise _refuse(403, "This token may only read.", "insufficient_scope")
@@ -51,13 +52,6 @@ async def check(scope: Scope) -> None:
 def _refuse(status: int, detail: str, error: str | None = None) -> HTTPException:
     challenge = 'Bearer realm="config-service"' + (f', error="{error}"' if error else "")
     return HTTPException(status, detail, {"WWW-Authenticate": challenge})
-
-
-def _is_below(path: str, application_name: str) -> bool:
-    """Whether a path is /api/v1/applications/{application_name}/configurations, or below it."""
-    before, _, rest = path.partition("/applications/")
-    name, _, below = rest.partition("/")
-    return (before, unquote(name), below.partition("/")[0]) == ("/api/v1", application_name, "configurations")
 
 
 async def refresh() -> dict[str, db.Row]:
