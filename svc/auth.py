@@ -4,7 +4,6 @@ import asyncio
 import re
 import secrets
 from argparse import ArgumentParser
-from functools import partial
 from hashlib import sha256
 from time import monotonic
 from urllib.parse import unquote
@@ -152,12 +151,12 @@ def revoke(name: str) -> None:
 
 def main() -> None:
     parser = ArgumentParser("pipenv run token", description="Make, list and revoke tokens.")
-    parser.error = exit_for_usage = partial(migrations.exit_for_usage, program=parser.prog)
+    parser.error = migrations.exit_for_usage
     commands = parser.add_subparsers(required=True, metavar="new|list|revoke")
     for name, function in (("new", new), ("list", list_all), ("revoke", revoke)):
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
-        command.error = exit_for_usage
+        command.error = migrations.exit_for_usage
         if function is not list_all:
             command.add_argument("name", metavar="NAME")
     command = commands.choices["new"]

@@ -324,10 +324,10 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(f"{error.filename}: {error.strerror}") from None
 
 
-def exit_for_usage(message: str, program: str = "svc.migrations") -> NoReturn:
+def exit_for_usage(message: str) -> NoReturn:
     """Exit with one line that repeats no value: it may be a URL with its password, given in the wrong place."""
     message = re.sub(r"(unrecognized arguments|invalid \w+|explicit argument)\b.*", r"\1", message, flags=re.DOTALL)
-    print(f"{program}: {message}; -h explains", file=sys.stderr)
+    print(f"wrong usage: {message}; -h explains", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -444,7 +444,7 @@ USAGES = ["down --dry-run", f"up {URL}", f"{URL} status", f"up --to {URL}", f"st
 def test_wrong_usage_ends_with_2_and_one_line_that_repeats_no_value(run, arguments):
     wrong = run(URL, *arguments.split())
     assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
-    assert wrong.err.startswith("svc.migrations: ")
+    assert wrong.err.startswith("wrong usage: ")
     assert PASSWORD not in wrong.err
 
 
