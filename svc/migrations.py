@@ -60,7 +60,7 @@ AHEAD = "applied, newer than this code"
 # `up` can accept this one too.
 LATE = "pending, older than the newest applied: --allow-out-of-order accepts it"
 
-CREATE_TABLE = """
+BEGIN_UP = """
 CREATE TABLE IF NOT EXISTS migrations (
     version    bigint PRIMARY KEY,
     name       text NOT NULL,
@@ -68,8 +68,12 @@ CREATE TABLE IF NOT EXISTS migrations (
     applied_at timestamptz NOT NULL DEFAULT now(),
     duration   interval,  -- NULL while a file runs outside a transaction, and after it failed
     CONSTRAINT migrations_database_must_be_utf8 CHECK (getdatabaseencoding() = 'UTF8')
-)
+);
+INSERT INTO migrations (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)
 """
+END_UP = "UPDATE migrations SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
+BEGIN_DOWN = "UPDATE migrations SET duration = NULL WHERE version = %(version)s"
+END_DOWN = "DELETE FROM migrations WHERE version = %(version)s"
 # The name is qualified, so that the table of another schema in the search_path does not count.
 TABLE_EXISTS = "SELECT to_regclass(quote_ident(current_schema()) || '.migrations') IS NOT NULL"
 RECORDS = """
@@ -77,10 +81,6 @@ SELECT version, name, checksum, extract(epoch FROM duration)::float AS seconds,
        to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS applied_at
 FROM migrations
 """
-BEGIN_UP = "INSERT INTO migrations (version, name, checksum) VALUES (%(version)s, %(name)s, %(checksum)s)"
-END_UP = "UPDATE migrations SET duration = clock_timestamp() - applied_at WHERE version = %(version)s"
-BEGIN_DOWN = "UPDATE migrations SET duration = NULL WHERE version = %(version)s"
-END_DOWN = "DELETE FROM migrations WHERE version = %(version)s"
 # Within EXECUTE, PostgreSQL refuses what would end the transaction.
 EXECUTE = "SELECT set_config('svc.file', %s, true); DO $$ BEGIN EXECUTE current_setting('svc.file'); END $$"
 # What a file sets must reach neither its record nor the next file.
@@ -265,8 +265,6 @@ def run(db: cursor, plan: list[Migration], begin: str, end: str, dry_run: bool) 
             raise SystemExit(f"{file.path.name}: holds no statement, only comments or nothing: write its SQL")
     if not plan:
         print("nothing to do")
-    elif not dry_run:
-        db.execute(CREATE_TABLE)
     for file in plan:
         if dry_run:
             print(f"would run {file.path.name}")
