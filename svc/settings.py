@@ -79,10 +79,7 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """DATABASE_URL. Exits with one line if it is not set."""
         if self.database_url is None:
-            raise SystemExit(
-                "DATABASE_URL is not set: give it in the environment or in svc/.env. "
-                "`pipenv run dev` brings a database of its own and prints the line that sets it."
-            )
+            raise SystemExit("DATABASE_URL is not set, nor in svc/.env: `pipenv run dev` prints a line that sets it")
         return self.database_url.get_secret_value()
 
 

@@ -108,7 +108,7 @@ def test_the_database_is_given_out_but_never_shown(monkeypatch, url):
 
 
 def test_a_missing_database_is_told_where_to_give_it_and_where_there_is_one():
-    with pytest.raises(SystemExit, match=r"^DATABASE_URL is not set: .* svc/.env.*`pipenv run dev`.*$"):
+    with pytest.raises(SystemExit, match=r"^DATABASE_URL is not set, .* svc/.env: `pipenv run dev` prints .*$"):
         settings.load().database()
 
 
