@@ -35,11 +35,6 @@ Wait = Annotated[
 ]
 Patch = Annotated[models.ConfigurationUpdate, Body(media_type=MERGE_PATCH)]
 
-NO_VERSION = (
-    "There is nothing to restore: no such version, or one that records a deletion; or the configuration is deleted, "
-    "and its application too, or If-Match was sent."
-)
-
 # What the routes answer with, for OpenAPI.
 LINK = {"Link": {"schema": {"type": "string"}, "description": 'rel="next", while there is more'}}
 LOCATION = {"Location": {"schema": {"type": "string"}, "description": "Where it can be read"}}
@@ -249,7 +244,7 @@ async def restore_version(request: Request, id: PathId, version: Version) -> Res
     """Make the name, the comments and the config of a version the newest again, also of a deleted configuration."""
     row = await repo.restore_version(id, version, request.when)
     if row is None or (not row["written"] and repo.conditions_hold(row, request.when)):
-        raise HTTPException(404, NO_VERSION)
+        raise HTTPException(404, "Nothing to restore: no such version or application, or If-Match on a deleted one.")
     return written(row, request.when)
 
 
