@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from psycopg2 import OperationalError
-from psycopg2.errors import ForeignKeyViolation, UndefinedTable, UniqueViolation
+from psycopg2.errors import ForeignKeyViolation, UniqueViolation
 from psycopg2.extensions import register_adapter
 from psycopg2.extras import Json
 from pydantic import BaseModel
@@ -344,10 +344,7 @@ async def read_state() -> Row:
                    WHERE NOT has_table_privilege(to_regclass(relation), privilege)
                ) AS missing_grants
     """
-    try:
-        [row] = await db.fetch("read_state", statement, {"grants": GRANTS})
-    except UndefinedTable:
-        return {"read_only": False, "migrations": [], "missing_grants": []}
+    [row] = await db.fetch("read_state", statement, {"grants": GRANTS})
     if row["read_only"]:
         db.renew()  # a connection stays read-only when its database or its server no longer is
     return row
