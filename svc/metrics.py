@@ -41,7 +41,7 @@ def text() -> str:
         _head("config_service_db_queue", "gauge", "Statements that wait for a connection."),
         _sample("config_service_db_queue", pool["queued"]),
         _head("config_service_waiters", "gauge", "Clients that wait for a change."),
-        _sample("config_service_waiters", watch.count()),
+        _sample("config_service_waiters", len(watch.readers)),
     ]
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,7 @@ async def read_or_wait(request: Request, key: repo.Key, wait: float | None) -> R
         return await repo.read_configuration(key)
     if not request.when.if_none_match:
         raise invalid("To wait for a change, send your ETag in If-None-Match", "wait", "query", "wait")
-    if watch.count() < settings.load().max_waiters:
+    if len(watch.readers) < settings.load().max_waiters:
         return await watch.until_changed(request, key, frozenset(request.when.if_none_match), wait)
     row = await repo.read_configuration(key)
     if etag_matches(row, request.when.if_none_match):

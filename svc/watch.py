@@ -25,7 +25,7 @@ SHARE = 1 / 20  # of the time, at most, for looks
 JITTER = 0.00005  # seconds for each woken reader, so that thousands do not read at once
 
 # The id of the configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
-_readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
+readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
 _tokens: dict[str, Row] = {}  # those that were valid at the last look
 
 
@@ -39,11 +39,6 @@ async def opened() -> AsyncIterator[None]:
         looking.cancel()
 
 
-def count() -> int:
-    """How many readers wait."""
-    return len(_readers)
-
-
 async def until_changed(request: Request, key: repo.Key, known: frozenset[str], seconds: float) -> Row | None:
     """The row as it is once its ETag is not known (it may be gone), or else after so many seconds.
 
@@ -55,11 +50,11 @@ async def until_changed(request: Request, key: repo.Key, known: frozenset[str], 
     wake = asyncio.Event()
     gone = asyncio.create_task(_wait_for_disconnect(request))
     gone.add_done_callback(lambda _: wake.set())
-    _readers[wake] = "", known  # counts from now on; no configuration has this id
+    readers[wake] = "", known  # counts from now on; no configuration has this id
     try:
         row = await repo.read_configuration(key)
         while repo.etag_matches(row, known) and loop.time() < until and not gone.done() and not _is_stopping():
-            _readers[wake] = row["id"], known
+            readers[wake] = row["id"], known
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await wake.wait()
@@ -70,7 +65,7 @@ async def until_changed(request: Request, key: repo.Key, known: frozenset[str], 
         return row
     finally:
         gone.cancel()
-        del _readers[wake]
+        del readers[wake]
 
 
 async def _wait_for_disconnect(request: Request) -> None:
@@ -105,12 +100,12 @@ async def _keep_looking() -> None:
 
 
 async def _look() -> None:
-    if not _readers:
+    if not readers:
         return
     if _is_stopping() or await _tokens_changed():
-        woken = list(_readers)
+        woken = list(readers)
     else:
-        watched = dict(_readers)
+        watched = dict(readers)
         rows = await repo.read_etags({id for id, _ in watched.values()})
         woken = [reader for reader, (id, known) in watched.items() if not repo.etag_matches(rows.get(id), known)]
     for reader in woken:
