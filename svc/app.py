@@ -29,10 +29,7 @@ OwnerName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["s
 PathName = Annotated[Decoded, Path(description="Percent-encoded.", examples=["production"])]
 Version = Annotated[int, Path(ge=1, le=models.MAX_VERSION, description="Counts from 1.", examples=[1])]
 Cascade = Annotated[bool, Query(description="Delete its configurations too.")]
-Wait = Annotated[
-    float | None,
-    Query(ge=0, le=60, description="With If-None-Match: seconds to wait for a change before the answer is 304."),
-]
+Wait = Annotated[float | None, Query(ge=0, le=60, description="Seconds to wait for a change, with If-None-Match.")]
 Patch = Annotated[models.ConfigurationUpdate, Body(media_type=MERGE_PATCH)]
 
 # What the routes answer with, for OpenAPI.

@@ -179,7 +179,7 @@ class ApplicationFilter(Page):
 
 class NamedFilter(ApplicationFilter):
     contains: Contains | None = Field(
-        None, description="Only those whose config contains this JSON object.", examples=['{"port": 5432}']
+        None, description="Only those that hold this object.", examples=['{"port": 5432}']
     )
 
 
