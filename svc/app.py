@@ -205,9 +205,8 @@ async def patch_configuration_by_name(
     request: Request, application_name: OwnerName, name: PathName, changes: Patch
 ) -> Response:
     """Merge a patch into a configuration (RFC 7396): members of `config` that are null are removed."""
-    return written(
-        await repo.update_configuration((application_name, name), changes, request.when, merge=True), request.when
-    )
+    row = await repo.update_configuration((application_name, name), changes, request.when, merge=True)
+    return written(row, request.when)
 
 
 @named.delete("/{name:path}", status_code=204, responses=DELETE)
