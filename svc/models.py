@@ -178,9 +178,7 @@ class ApplicationFilter(Page):
 
 
 class NamedFilter(ApplicationFilter):
-    contains: Contains | None = Field(
-        None, description="Only those that hold this object.", examples=['{"port": 5432}']
-    )
+    contains: Contains | None = Field(None, description="Only those that hold this JSON.", examples=['{"port": 5432}'])
 
 
 class ConfigurationFilter(NamedFilter):
