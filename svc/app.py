@@ -1,5 +1,6 @@
 """The HTTP API: its routes, its start and its end, and `python -m svc.app`, which serves them."""
 
+import asyncio
 import gc
 import logging
 import resource
@@ -77,9 +78,11 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     # One descriptor a connection: the usual soft limit of 1,024 would keep clients out.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    async with db.opened(config), watch.opened():
+    async with db.opened(config):
+        looking = asyncio.create_task(watch.keep_looking())
         gc.freeze()  # what is loaded by now stays: to look through it again would stop the process for 15 ms
         yield
+        looking.cancel()
 
 
 applications = APIRouter(prefix="/applications", tags=["applications"], route_class=Route)

@@ -8,8 +8,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from time import monotonic
 
 import psycopg2
@@ -27,16 +26,6 @@ JITTER = 0.00005  # seconds for each woken reader, so that thousands do not read
 # The id of the configuration that each reader waits for and the ETags that it knows, by the event that wakes it.
 readers: dict[asyncio.Event, tuple[str, frozenset[str]]] = {}
 _tokens: dict[str, Row] = {}  # those that were valid at the last look
-
-
-@asynccontextmanager
-async def opened() -> AsyncIterator[None]:
-    """Look for changes until the block ends."""
-    looking = asyncio.create_task(_keep_looking())
-    try:
-        yield
-    finally:
-        looking.cancel()
 
 
 async def until_changed(request: Request, key: repo.Key, known: frozenset[str], seconds: float) -> Row | None:
@@ -82,7 +71,8 @@ def _is_stopping() -> bool:
     return getattr(server, "should_exit", False)
 
 
-async def _keep_looking() -> None:
+async def keep_looking() -> None:
+    """Look for changes until this is cancelled."""
     available, before = True, 0.0
     while True:
         began = monotonic()
