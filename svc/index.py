@@ -40,20 +40,13 @@ def page(document: dict[str, Any], base: str) -> str:
 
 
 def _show(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
-    items = [
-        f"<li><code>{escape(each['name'])}</code> in the {each['in']}: {_prose(each['description'])}"
-        for each in operation["parameters"]
-    ]
-    return f"""
-<h3><code>{method.upper()} {escape(path)}</code></h3>
-<p>{_prose(operation["description"])}<ul>{"".join(items)}</ul>
-<pre>{escape(_write_command(document, base, path, method, operation))}</pre>"""
+    """What an operation does, what it takes, and a line for bash that sends the examples.
 
-
-def _write_command(document: dict[str, Any], base: str, path: str, method: str, operation: dict[str, Any]) -> str:
-    """A line for bash that sends the examples. What a POST creates is kept as $application or $configuration."""
-    url = shlex.quote(base) + re.sub(r"(\w+)s/{id}", r"\1s/$\1", path)
+    What a POST creates is kept as $application or $configuration.
+    """
+    items, url = "", shlex.quote(base) + re.sub(r"(\w+)s/{id}", r"\1s/$\1", path)
     for each in operation["parameters"]:
+        items += f"<li><code>{escape(each['name'])}</code> in the {each['in']}: {_prose(each['description'])}"
         example = each["schema"].get("examples", [""])[0]
         url = url.replace(f"{{{each['name']}}}", quote(str(example), safe=""))
     curl = f"curl -s {url}" if method == "get" else f"curl -s -X {method.upper()} {url}"
@@ -63,7 +56,10 @@ def _write_command(document: dict[str, Any], base: str, path: str, method: str, 
         curl += f" \\\n  -H 'Content-Type: {media_type}' \\\n  -d {body}"
         if method == "post":
             curl = f"{path.rpartition('/')[2][:-1]}=$({curl} | tee -a /dev/stderr | cut -d'\"' -f4)"
-    return curl
+    return f"""
+<h3><code>{method.upper()} {escape(path)}</code></h3>
+<p>{_prose(operation["description"])}<ul>{items}</ul>
+<pre>{escape(curl)}</pre>"""
 
 
 def _prose(text: str) -> str:
