@@ -338,10 +338,6 @@ def main() -> None:
     # uvicorn repeats the signal when it has shut down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    serve(config, workers=config.workers)
-
-
-def serve(config: settings.Settings, **options: Any) -> None:
     set_up_log(config)
     uvicorn.run(
         "svc.app:app",
@@ -349,11 +345,11 @@ def serve(config: settings.Settings, **options: Any) -> None:
         port=config.port,
         log_config=None,  # its lines have the format of the others
         log_level=config.level.lower(),
+        workers=config.workers,
         timeout_graceful_shutdown=config.shutdown_timeout,
         timeout_keep_alive=75,  # longer than the load balancer's, which else sends into a closing connection
         access_log=False,  # the middleware logs
         ws="none",
-        **options,
     )
 
 

