@@ -81,10 +81,7 @@ def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
 def _parse_contains(text: str) -> Any:
     if len(text.encode()) > MAX_CONTAINS:
         raise PydanticCustomError("too_long", f"Document should have at most {MAX_CONTAINS} bytes")
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise PydanticCustomError("json_invalid", f"JSON decode error: {error}") from None
+    return parse_json(text)
 
 
 # --- Text and ids ---

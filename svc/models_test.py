@@ -162,8 +162,8 @@ def test_a_configuration_of_no_application_is_refused(client, id):
 
 SEARCHES = {
     "a list": ("[]", "dict_type"),
-    "broken JSON": ('{"a":', "json_invalid"),
-    "a key twice": ('{"a":1,"a":1}', "json_invalid"),
+    "broken JSON": ('{"a":', "value_error"),
+    "a key twice": ('{"a":1,"a":1}', "value_error"),
     "2,049 bytes": ('{"a":"%sx"}' % ("é" * 1020), "too_long"),
     "lists 101 deep": (nested(101, "lists").decode(), "too_deep"),
 }
