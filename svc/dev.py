@@ -48,9 +48,7 @@ def main() -> None:
         migrations.up(url)
         if config.database_url is None:  # ready to paste, for psql and `pipenv run migrate` in another terminal
             print(f"export DATABASE_URL={shlex.quote(url)}")
-        address = f"http://{config.host}:{config.port}"
-        print(f"API        {address}/api/v1")
-        print(f"Docs       {address}/docs", flush=True)
+        print(f"serves on http://{config.host}:{config.port}", flush=True)
         os.environ["DATABASE_URL"] = url
         settings.load.cache_clear()
         app.main()
