@@ -176,10 +176,10 @@ async def list_configurations_by_name(
     request: Request, application_name: OwnerName, wanted: Annotated[models.NamedFilter, Query()]
 ) -> Response:
     """All configurations of one application, ordered by id, or those that match."""
-    id = await repo.find_application(application_name)
-    if id is None:
+    row = await repo.read_configuration((application_name, ""))  # no configuration has this name
+    if row["application_id"] is None:
         raise HTTPException(404, "There is no application with this name.")
-    return await stream_list(request, repo.list_configurations(wanted, id))
+    return await stream_list(request, repo.list_configurations(wanted, row["application_id"]))
 
 
 @named.get("/{name:path}", response_model=models.Configuration, responses=READ)

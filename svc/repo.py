@@ -114,12 +114,6 @@ async def _read_applications(ids: list[str], within: float) -> Mapping[str, Row]
 read_application = db.coalesced(_read_applications)
 
 
-async def find_application(name: str) -> str | None:
-    """The id of the application with this name."""
-    rows = await db.fetch("find_application", "SELECT id FROM applications WHERE name = %(name)s", {"name": name})
-    return rows[0]["id"] if rows else None
-
-
 def list_applications(wanted: models.ApplicationFilter) -> AsyncIterator[Row]:
     rows = f"""
         SELECT this.*, own.ids, 30 * cardinality(own.ids) AS size, this.id AS key
