@@ -93,11 +93,10 @@ async def _read_since(time: float) -> None:
         _refused.clear()
         try:
             tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, urgent=True)}
-        except psycopg2.Error as error:
-            _error = error
-        else:
             _refused.update(_tokens.keys() - tokens.keys())  # what has ended needs no reading
             _tokens, _error = tokens, None
+        except psycopg2.Error as error:
+            _error = error
 
 
 # --- The command line ---
