@@ -1,5 +1,6 @@
 """PostgreSQL 16 from its wheel, for development and tests, and `python -m svc.dev`, which serves with it."""
 
+import fcntl
 import os
 import shlex
 import socket
@@ -40,8 +41,11 @@ def main() -> None:
         raise SystemExit("svc.dev takes no arguments: DATABASE_URL, HOST and PORT say where")
     config = settings.load()
     try:
-        # Two runs would share a PostgreSQL, and the first to end would stop it.
         socket.create_server((config.host, config.port)).close()
+        if config.database_url is None:
+            fcntl.flock(os.open(__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        raise SystemExit("dev runs in this clone already, and its end would stop the PostgreSQL of both") from None
     except OSError as error:
         raise SystemExit(f"cannot listen on {config.host}:{config.port}: {error.strerror}; set PORT") from None
     with nullcontext(config.database()) if config.database_url else postgres(FOLDER) as url:

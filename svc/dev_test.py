@@ -72,6 +72,14 @@ def test_dev_serves_on_a_postgresql_of_its_own_that_ctrl_c_stops_and_the_next_ru
 
 
 @pytest.mark.slow
+def test_a_second_dev_of_the_same_clone_is_refused_and_leaves_the_first_alone(tree):
+    with serving(tree) as (_, base):
+        with pytest.raises(AssertionError, match="dev runs in this clone already"), serving(tree):
+            pass
+        assert httpx.get(f"{base}/health").status_code == 200
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_dev_leaves_neither_postgresql_nor_the_service_running_however_it_is_ended(tree, number):
     with serving(tree) as (process, base):

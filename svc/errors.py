@@ -135,7 +135,7 @@ def place(scope: Scope) -> str:
 # What is wrong, by the SQLSTATE, or by what libpq says when it cannot connect.
 REASONS = {
     "42501": "a grant is missing: see the README for those that the service needs",
-    "42P01": "migrations are pending: run `pipenv run migrate`",
+    "42P01": "there are no tables: run `pipenv run migrate`, or grant USAGE on their schema",
     "password authentication failed": "the database refuses the user or the password of DATABASE_URL",
     "too many c": "the database has too many connections",
     "remaining connection slots": "the database has too many connections",

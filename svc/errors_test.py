@@ -59,7 +59,7 @@ def test_health_tells_why_it_cannot_connect_without_a_secret(libpq, words):
 
 def test_health_tells_of_a_missing_grant_of_a_missing_table_and_of_any_other_refusal(url):
     assert "a grant is missing" in errors.reason(database_error(url, "SET ROLE pg_monitor; TABLE migrations"))
-    assert "migrations are pending" in errors.reason(database_error(url, "TABLE nowhere"))
+    assert "there are no tables" in errors.reason(database_error(url, "TABLE nowhere"))
     assert errors.reason(database_error(url, "SELECT 1 / 0")) == "it answers with 22012"
 
 
