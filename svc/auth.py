@@ -41,9 +41,11 @@ async def check(scope: Scope) -> None:
     if row is None:
         raise _refuse(401, "This token is unknown, expired or revoked.", "invalid_token")
     repo.actor.set(f"token:{row['name']}")
-    below = re.match("/api/v1/applications/([^/]*)/configurations(/|$)", path)
-    if row["application_id"] is not None and not (below and unquote(below[1]) == row["application_name"]):
-        raise _refuse(403, "This token is for the configurations of one application, by name.", "insufficient_scope")
+    if row["application_id"] is not None:
+        below = re.match("/api/v1/applications/([^/]*)/configurations(/|$)", path)
+        if not below or unquote(below[1]) != row["application_name"]:
+            detail = "This token is for the configurations of one application, by name."
+            raise _refuse(403, detail, "insufficient_scope")
     if row["role"] != "write" and scope["method"] != "GET":
         raise _refuse(403, "This token may only read.", "insufficient_scope")
 

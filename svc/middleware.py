@@ -116,7 +116,8 @@ class Request(fastapi.Request):
     @cached_property
     def when(self) -> Conditions:
         """If-None-Match is compared weakly (section 8.8.3.2)."""
-        if_match, if_none_match = (_parse_etags(self.headers.getlist(name)) for name in ("if-match", "if-none-match"))
+        sent = (self.headers.getlist(name) for name in ("if-match", "if-none-match"))
+        if_match, if_none_match = (lines and _parse_etags(lines) for lines in sent)
         return Conditions(if_match, [etag.removeprefix("W/") for etag in if_none_match])
 
     async def json(self) -> Any:
@@ -128,8 +129,6 @@ class Request(fastapi.Request):
 
 def _parse_etags(lines: list[str]) -> list[str]:
     """The entity tags of a header, or * if it has none but that. What is malformed matches no ETag."""
-    if not lines:
-        return lines
     value = ", ".join(lines).strip()
     return re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value[:1]]
 

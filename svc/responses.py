@@ -43,7 +43,7 @@ def document(row: Row | None, if_none_match: Collection[str] = ()) -> Response:
         missing = "This application has no configuration" if row["application_id"] else "There is no application"
         raise HTTPException(404, f"{missing} with this name.")
     headers = {"ETag": row["etag"]}
-    if etag_matches(row, if_none_match):
+    if if_none_match and etag_matches(row, if_none_match):
         return Response(None, 304, headers)
     return json_response(row["json"], 200, headers)
 
