@@ -119,7 +119,7 @@ def test_a_schema_that_is_missing_is_503_until_it_is_there(server):
         paths = (f"{faults.API}/applications/{faults.UNKNOWN}", f"{faults.API}/applications", "/health")
         answers = [served.client.get(path) for path in paths]
         assert [answer.status_code for answer in answers] == [503] * 3
-        assert "pending" in answers[2].json()["detail"]
+        assert "no tables" in answers[2].json()["detail"]
         migrations.up(url)
         assert [served.client.get(path).status_code for path in paths] == [404, 200, 200]
 
