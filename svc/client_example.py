@@ -69,6 +69,8 @@ def fetch(url: str, known: dict | None, wait: int) -> dict | None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
     try:
         for config in configurations(*sys.argv[1:]):
             print(json.dumps(config), flush=True)

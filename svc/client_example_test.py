@@ -36,6 +36,11 @@ def create(base: str, application_name: str = "billing") -> str:
     return base + httpx.post(f"{base}/api/v1/configurations", json=body).headers["location"]
 
 
+def test_the_client_without_arguments_says_how_to_run_it():
+    ran = subprocess.run([sys.executable, client_example.__file__], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.strip()) == (1, client_example.__doc__.strip())
+
+
 @pytest.mark.slow
 def test_the_client_hears_of_changes_over_restarts_starts_from_its_copy_and_ends_at_404(new_database, tmp_path):
     copy, one, other = (tmp_path / name for name in ("copy", "one", "other"))
