@@ -132,10 +132,10 @@ def place(scope: Scope) -> str:
 
 # --- For /health ---
 
-# What is wrong, by the SQLSTATE, or by what libpq says when it cannot connect.
+# What is wrong, by its SQLSTATE, or by what libpq says when it cannot connect.
 REASONS = {
-    "42501": "a grant is missing: see the README for those that the service needs",
-    "42P01": "there are no tables: run `pipenv run migrate`, or grant USAGE on their schema",
+    "SQLSTATE 42501": "a grant is missing: see the README for those that the service needs",
+    "SQLSTATE 42P01": "there are no tables: run `pipenv run migrate`, or grant USAGE on their schema",
     "password authentication failed": "the database refuses the user or the password of DATABASE_URL",
     "too many c": "the database has too many connections",
     "remaining connection slots": "the database has too many connections",
@@ -146,7 +146,7 @@ REASONS = {
 def reason(error: psycopg2.Error) -> str:
     """What is wrong with the database, in words that show no secret."""
     for words, told in REASONS.items():
-        if words in f"{error.pgcode} {error}":
+        if words in f"SQLSTATE {error.pgcode} {error}":
             return told
     return f"it answers with {error.pgcode}" if error.pgcode else "the database does not answer"
 

@@ -49,6 +49,7 @@ REASONS = {
     "sorry, too many clients already": "the database has too many connections",
     'database "hunter2" does not exist': "the database or the user of DATABASE_URL does not exist",
     'could not translate host name "hunter2"': "the database does not answer",
+    'connection to server at "hunter2", port 42501 failed': "the database does not answer",
 }
 
 
