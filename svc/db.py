@@ -93,12 +93,13 @@ async def fetch(
     try:
         if _pending > _settings.db_queue_limit and not urgent:
             raise psycopg2.OperationalError("the queue for the database is full")
-        (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
+        try:
+            (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
+        except RuntimeError:
+            raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
         rows = await job
         _log_outage(None)
         return rows
-    except RuntimeError:
-        raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
     except psycopg2.Error as error:
         # The idle ones lead to the same silent server, and each would cost somebody the whole deadline. A connection
         # stays read-only when its database or its server no longer is, and keeps what it prepared when a migration
