@@ -128,6 +128,7 @@ RULES = [
     ("TRUNCATE configuration_versions", "append-only"),
     ("SELECT prune_configuration_versions('1 day', 1); DELETE FROM configuration_versions", "append-only"),
     ("SELECT prune_configuration_versions(NULL, 1)", "needs an age, and at least 1 to keep"),
+    ("SELECT prune_configuration_versions('1 day', NULL)", "needs an age, and at least 1 to keep"),
     ("SELECT prune_configuration_versions('1 day', 0)", "needs an age, and at least 1 to keep"),
 ]
 
