@@ -94,7 +94,7 @@ async def _read_since(time: float) -> None:
         _next_read = max(_next_read + READ_EVERY, _read_at)
         _refused.clear()
         try:
-            tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, urgent=True)}
+            tokens = {row["hash"]: row for row in await db.fetch("read_tokens", statement, {}, queue="urgent")}
             _refused.update(_tokens.keys() - tokens.keys())  # what has ended needs no reading
             _tokens, _error = tokens, None
         except psycopg2.Error as error:

@@ -319,7 +319,7 @@ def test_the_last_tokens_count_while_the_database_is_away_and_without_any_it_is_
 def test_tokens_come_and_go_also_while_every_connection_is_busy_and_the_queue_is_full(new_database):
     with (
         new_database() as url,
-        service(url, auth="on", db_max_connections=1, db_queue_limit=1) as (_, base),
+        service(url, auth="on", db_max_connections=2, db_queue_limit=1) as (_, base),
         httpx.Client(base_url=base, headers=bearer(old := new_token(url))) as client,
         closing(psycopg2.connect(url)) as other,
         ThreadPoolExecutor(1) as threads,

@@ -31,9 +31,7 @@ CALM = 1  # seconds without an error after which an outage is over: some stateme
 
 _settings: Settings
 _pool: ThreadedConnectionPool
-_executor: ThreadPoolExecutor
-_urgent: ThreadPoolExecutor
-_pages: asyncio.Semaphore
+_executors: dict[str, ThreadPoolExecutor]
 _prepared: WeakKeyDictionary[connection, dict[str, str]] = WeakKeyDictionary()  # the EXECUTE of each statement
 _pending = 0  # statements that run or wait
 _last_outage: float | None = None  # when the database was last found away; None while all is well
@@ -43,15 +41,16 @@ _last_outage: float | None = None  # when the database was last found away; None
 async def opened(settings: Settings) -> AsyncIterator[None]:
     """Hold the pool and its threads open. A thread for each connection: statements queue, and the pool never runs dry.
 
+    A third of both is for lists and searches, which so never take the place of others. What is urgent has one more.
     A database that is away does not stop the start: one line in the log says so, and each statement tries to connect.
     """
-    global _settings, _pool, _executor, _urgent, _pages
+    global _settings, _pool, _executors
     _settings, limit = settings, settings.db_max_connections
     _pool = ThreadedConnectionPool(0, limit, cursor_factory=RealDictCursor, **_parameters(settings))
     _pool.minconn = limit  # how many idle ones it keeps
-    _executor = ThreadPoolExecutor(limit, thread_name_prefix="db")
-    _urgent = ThreadPoolExecutor(1)  # it may open one connection more than the others have
-    _pages = asyncio.Semaphore(max(1, limit // 2))
+    threads = {"lists": max(1, limit // 3), "urgent": 1}
+    threads["others"] = limit - threads["lists"]
+    _executors = {queue: ThreadPoolExecutor(number) for queue, number in threads.items()}
     with suppress(psycopg2.Error):  # fetch() has logged it
         # The sleep makes each need a connection of its own.
         statement = "SELECT pg_sleep(0.01)"
@@ -59,7 +58,7 @@ async def opened(settings: Settings) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for executor in (_executor, _urgent):
+        for executor in _executors.values():
             executor.shutdown(wait=False, cancel_futures=True)
         renew()
 
@@ -76,35 +75,34 @@ def _parameters(settings: Settings) -> dict[str, Any]:
 
 
 async def fetch(
-    name: str, statement: str, params: Mapping[str, Any], within: float | None = None, urgent: bool = False
+    name: str, statement: str, params: Mapping[str, Any], within: float | None = None, queue: str = "others"
 ) -> list[Row]:
     """The rows of one statement, which is a transaction of its own. `name` is what the log calls it.
 
-    Raises psycopg2.OperationalError at once if the queue is full, and after `within` seconds (DB_DEADLINE unless told
-    otherwise) if the server is silent. The statement is then given up: it did not begin, or its connection is cut off.
-    What is urgent waits in no queue.
+    Raises psycopg2.OperationalError at once if too many wait, and after `within` seconds (DB_DEADLINE unless told
+    otherwise) if it has no answer. The statement is then given up: it did not begin, or its connection is cut off.
     """
     global _pending
     loop = asyncio.get_running_loop()
     job = loop.create_future()
-    silent = psycopg2.OperationalError("the database did not answer in time")
-    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, silent)
+    late = psycopg2.OperationalError("the database did not answer in time")
+    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, late)
     _pending += 1
     try:
-        if _pending > _settings.db_queue_limit and not urgent:
+        if _pending > _settings.db_queue_limit and queue != "urgent":
             raise psycopg2.OperationalError("the queue for the database is full")
         try:
-            (_urgent if urgent else _executor).submit(_run, job, name, statement, params)
+            _executors[queue].submit(_run, job, name, statement, params)
         except RuntimeError:
             raise psycopg2.OperationalError("the service is shutting down, its threads have ended") from None
         rows = await job
         _log_outage(None)
         return rows
     except psycopg2.Error as error:
-        # The idle ones lead to the same silent server, and each would cost somebody the whole deadline. A connection
-        # stays read-only when its database or its server no longer is, and keeps what it prepared when a migration
-        # has changed the type of what that returns.
-        if error is silent or isinstance(error, ReadOnlySqlTransaction | FeatureNotSupported):
+        # If it still has a connection, its server is silent. The idle ones lead there too, and each would cost somebody
+        # the whole deadline. A connection stays read-only when its database or its server no longer is, and keeps what
+        # it prepared when a migration has changed the type of what that returns.
+        if job in _pool._used or isinstance(error, ReadOnlySqlTransaction | FeatureNotSupported):
             renew()
         if is_outage(error):
             _log_outage(error)
@@ -112,26 +110,8 @@ async def fetch(
     finally:
         _pending -= 1
         deadline.cancel()
-        _cut_off(job)
-
-
-async def fetch_page(name: str, statement: str, params: Mapping[str, Any]) -> list[Row]:
-    """As fetch(), for lists and searches: together they hold at most half of the connections."""
-    async with turn(_pages):
-        return await fetch(name, statement, params)
-
-
-@asynccontextmanager
-async def turn(semaphore: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Hold a place of the semaphore. Raises psycopg2.OperationalError if there is none for DB_DEADLINE seconds."""
-    try:
-        await asyncio.wait_for(semaphore.acquire(), _settings.db_deadline)
-    except TimeoutError:
-        raise psycopg2.OperationalError("too many lists and searches at a time") from None
-    try:
-        yield
-    finally:
-        semaphore.release()
+        if job in _pool._used:
+            _cut_off(job)
 
 
 def _run(job: asyncio.Future, name: str, statement: str, params: Mapping[str, Any]) -> None:
@@ -155,7 +135,6 @@ def _execute(job: asyncio.Future, name: str, statement: str, params: Mapping[str
     try:
         if job.done():  # given up before it began; later it is cut off
             return []
-        lent.autocommit = True
         cursor = lent.cursor()
         if params and "RETURNING" in statement:  # a write: its best plan does not depend on its parameters
             statement = _prepare(cursor, statement)
@@ -193,7 +172,9 @@ def _lend(job: asyncio.Future) -> connection:
         with _pool._lock:
             lent = _pool._getconn(job) if _pool._pool else None
         if lent is None:
-            return _pool._connect(job)
+            made = _pool._connect(job)
+            made.autocommit = True
+            return made
         poll = select.poll()  # select.select() cannot take descriptors above 1023
         poll.register(lent, select.POLLIN)
         if not poll.poll(0):

@@ -30,7 +30,7 @@ def url(new_database):
 @pytest.fixture(autouse=True)
 def apart(monkeypatch, url):
     """The tables are empty, and the pool of the session's service, should it run, is put back afterwards."""
-    for name in ("_settings", "_pool", "_executor", "_pages", "_last_outage"):
+    for name in ("_settings", "_pool", "_executors", "_last_outage"):
         monkeypatch.setattr(db, name, getattr(db, name, None), raising=False)
     run_sql(url, "TRUNCATE counters; ALTER SEQUENCE tries RESTART")
 
@@ -83,26 +83,30 @@ def test_the_pool_keeps_the_connections_it_opened_and_closes_all_at_the_end(url)
     async def work() -> None:
         assert db.use() == {"busy": 0, "idle": 1, "queued": 0}
         await asyncio.gather(*(value("SELECT pg_sleep(0.02)::text") for _ in range(20)))
-        assert db.use() == {"busy": 0, "idle": 5, "queued": 0}
-        assert len(run_sql(url, backends)) == 5
+        assert db.use() == {"busy": 0, "idle": 4, "queued": 0}
+        assert len(run_sql(url, backends)) == 4
 
-    run(make_dsn(url, application_name="db_test"), work, db_max_connections=5)
+    run(make_dsn(url, application_name="db_test"), work, db_max_connections=5)  # one is for lists
     until(lambda: not run_sql(url, backends))
 
 
-# --- Pages ---
+# --- Lists ---
 
 
-@pytest.mark.parametrize(("limit", "half"), [(5, 2), (1, 1)])
-def test_pages_hold_at_most_half_of_the_connections_and_at_least_one(url, limit, half):
+@pytest.mark.parametrize(("limit", "third"), [(6, 2), (2, 1)])
+def test_lists_hold_a_third_of_the_connections_and_others_the_rest(url, limit, third):
     async def work() -> None:
         statement = "SELECT pg_sleep(0.05), 1 / %(n)s"  # the first fails, and leaves its place to the others
-        pages = [asyncio.create_task(db.fetch_page("page", statement, {"n": n})) for n in range(6)]
-        await wait_until(lambda: db.use()["busy"] == half)
-        while not all(page.done() for page in pages):
-            assert db.use()["busy"] <= half
+        lists = [asyncio.create_task(db.fetch("list", statement, {"n": n}, queue="lists")) for n in range(6)]
+        await wait_until(lambda: db.use()["busy"] == third)
+        assert await value("SELECT 'served'") == "served"
+        others = [asyncio.create_task(value("SELECT pg_sleep(0.2)::text")) for _ in range(limit)]
+        await wait_until(lambda: db.use()["busy"] == limit)
+        while not all(each.done() for each in lists):
+            assert db.use()["busy"] <= limit
             await asyncio.sleep(0.001)
-        assert [page.exception() is None for page in pages] == [False] + [True] * 5
+        assert [each.exception() is None for each in lists] == [False] + [True] * 5
+        await asyncio.gather(*others)
 
     run(url, work, db_max_connections=limit)
 
@@ -125,7 +129,7 @@ def test_an_error_arrives_as_it_is_and_leaves_the_slot_and_what_is_committed(url
             await value(statement, x=x)
         assert await value("SELECT name FROM counters") == "before"
 
-    run(url, work, db_max_connections=1, db_statement_timeout=0.2, db_lock_timeout=0.1)
+    run(url, work, db_max_connections=2, db_statement_timeout=0.2, db_lock_timeout=0.1)
     assert "database unavailable" not in caplog.text
 
 
@@ -165,7 +169,7 @@ def test_after_its_deadline_a_statement_is_given_up_and_its_slot_is_back(url):
         assert 0.2 <= monotonic() - started < 1
 
     patient = make_dsn(url, options="-c statement_timeout=9s")
-    run(patient, work, db_max_connections=1, db_deadline=0.2, db_statement_timeout=0.2, db_lock_timeout=0.1)
+    run(patient, work, db_max_connections=2, db_deadline=0.2, db_statement_timeout=0.2, db_lock_timeout=0.1)
 
 
 def test_a_statement_that_is_given_up_in_the_queue_never_runs(url):
@@ -177,7 +181,7 @@ def test_a_statement_that_is_given_up_in_the_queue_never_runs(url):
         assert await slow == ""
         assert await value("SELECT count(*) FROM counters") == 0
 
-    run(url, work, db_max_connections=1)
+    run(url, work, db_max_connections=2)
 
 
 def test_a_statement_that_is_given_up_while_it_is_connected_never_runs(url, monkeypatch):
@@ -196,7 +200,7 @@ def test_a_statement_that_is_given_up_while_it_is_connected_never_runs(url, monk
         await wait_until(lambda: db.use()["idle"] == 1)
         assert await value("SELECT count(*) FROM counters") == 0
 
-    run(url, work, db_min_connections=0, db_max_connections=1)
+    run(url, work, db_min_connections=0, db_max_connections=2)
 
 
 def test_a_caller_who_goes_away_takes_his_own_statement_along_and_nothing_of_others(url):
@@ -211,7 +215,7 @@ def test_a_caller_who_goes_away_takes_his_own_statement_along_and_nothing_of_oth
         await wait_until(lambda: db.use()["busy"] == 0)
         assert len(await pids() & before) == 2
 
-    run(url, work, db_max_connections=3)
+    run(url, work, db_max_connections=4)
 
 
 # --- What is logged ---

@@ -443,7 +443,7 @@ async def _pages(name: str, rows: str, json: str, wanted: dict[str, Any]) -> Asy
     """
     limit, more = wanted["limit"], True
     while more:
-        [page] = await db.fetch_page(name, statement, {**wanted, "limit": limit or 1000})
+        [page] = await db.fetch(name, statement, {**wanted, "limit": limit or 1000}, queue="lists")
         page["next"] = {bound: page["last"]} if page["more"] and limit else None
         yield page
         more = page["more"] and limit is None

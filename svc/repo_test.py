@@ -85,10 +85,10 @@ def test_a_statement_reads_no_more_rows_than_it_needs(many, monkeypatch, read, r
     plans = []
     fetch = db.fetch
 
-    async def explain_and_fetch(name: str, statement: str, params: Any, *within: float) -> list[db.Row]:
+    async def explain_and_fetch(name: str, statement: str, params: Any, *within: float, **queue: str) -> list[db.Row]:
         [row] = await fetch("explain", f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", params)
         plans.append(row["QUERY PLAN"][0]["Plan"])
-        return await fetch(name, statement, params, *within)
+        return await fetch(name, statement, params, *within, **queue)
 
     async def work() -> None:
         async with db.opened(Settings(database_url=many)):

@@ -8,7 +8,7 @@ from fastapi import HTTPException
 from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import URL
 
-from svc import db, repo, settings, watch
+from svc import repo, settings, watch
 from svc.db import Row
 from svc.errors import RETRY_AFTER, invalid
 from svc.middleware import Request
@@ -113,7 +113,12 @@ async def stream_list(request: Request, pages: AsyncIterator[Row]) -> Response:
 
 async def _array(pages: AsyncIterator[Row], head: bool) -> AsyncIterator[Any]:
     """Its first page as a row, then the text of the whole array in chunks."""
-    async with db.turn(_lists):
+    try:
+        async with asyncio.timeout(settings.load().db_deadline):
+            await _lists.acquire()
+    except TimeoutError:
+        raise HTTPException(503, "Too many lists are being read: try again.", RETRY_AFTER) from None
+    try:
         page = await anext(pages)
         yield page
         text = "[" + page["json"]
@@ -123,3 +128,5 @@ async def _array(pages: AsyncIterator[Row], head: bool) -> AsyncIterator[Any]:
             text = "," + page["json"]
         async for chunk in _in_chunks(text + "]"):
             yield chunk
+    finally:
+        _lists.release()

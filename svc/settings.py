@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64)
 
     db_min_connections: int = Field(1, ge=0, le=1000)
-    db_max_connections: int = Field(8, ge=1, le=1000)
+    db_max_connections: int = Field(12, ge=2, le=1000)  # a third is for lists
     db_queue_limit: int = Field(1000, ge=1, le=100_000)
     db_connect_timeout: int = Field(2, ge=2, le=60)  # whole seconds, and libpq raises 1 to 2
     db_lock_timeout: Seconds = 2

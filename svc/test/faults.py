@@ -26,7 +26,8 @@ from svc.test.process import gauge, service, until
 
 API = "/api/v1"
 UNKNOWN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
-CONNECTIONS = 5
+LISTS = 2  # connections for lists
+CONNECTIONS = 5  # for all else
 DEADLINE = 2
 # The service gives up sooner than by default, so that the tests take less time.
 LIMITS = {"db_deadline": DEADLINE, "db_statement_timeout": 1, "db_lock_timeout": 1}
@@ -277,7 +278,7 @@ def serving(url: str, token: str | None = None, **settings: Any) -> Iterator[Sim
 
     Its output holds no traceback, or the test fails.
     """
-    given = {"db_max_connections": CONNECTIONS, "log_level": "WARNING", **LIMITS, **settings}
+    given = {"db_max_connections": CONNECTIONS + LISTS, "log_level": "WARNING", **LIMITS, **settings}
     with tempfile.NamedTemporaryFile("w") as output:
         log = Path(output.name)
         with service(url, output=output, **given) as (process, base):
@@ -295,20 +296,23 @@ def serving(url: str, token: str | None = None, **settings: Any) -> Iterator[Sim
 
 
 @contextmanager
-def at_work(served: SimpleNamespace, method: str = "PUT", path: str = f"/applications/{UNKNOWN}") -> Iterator[list]:
-    """As many requests as there are connections. All of them wait for a table in the block, and are answered after."""
-    with ThreadPoolExecutor(CONNECTIONS) as clients, locked(served.url):
-        bodies = [{"name": f"n{n}"} for n in range(CONNECTIONS)]
-        asked = [clients.submit(served.client.request, method, API + path, json=body) for body in bodies]
-        all_wait(served.url)
+def at_work(served: SimpleNamespace, requests: list[tuple[str, str]]) -> Iterator[list]:
+    """All these requests wait for a table in the block, and are answered after it."""
+    with ThreadPoolExecutor(len(requests)) as clients, locked(served.url):
+        asked = [
+            clients.submit(served.client.request, method, API + path, json={"name": f"n{number}"})
+            for number, (method, path) in enumerate(requests)
+        ]
+        all_wait(served.url, len(requests))
         yield asked
 
 
 def filled(served: SimpleNamespace) -> dict[str, float]:
     """Has every connection of the pool work at once, which takes every slot. What the process holds then."""
-    with at_work(served) as asked:
+    requests = [("PUT", f"/applications/{UNKNOWN}")] * CONNECTIONS + [("GET", "/applications?limit=1")] * LISTS
+    with at_work(served, requests) as asked:
         pass
-    assert [each.result().status_code for each in asked] == [404] * CONNECTIONS
+    assert [each.result().status_code for each in asked] == [404] * CONNECTIONS + [200] * LISTS
     until(lambda: resources(served)["busy"] == 0)
     return resources(served)
 
@@ -328,4 +332,4 @@ def recovered(served: SimpleNamespace, before: dict[str, float]) -> None:
     assert [served.client.get(f"{API}/applications?limit=1").status_code for _ in range(20)] == [200] * 20
     filled(served)
     until(lambda: all(held <= before[name] for name, held in resources(served).items()))
-    until(lambda: len(backends(served.url)) <= CONNECTIONS)
+    until(lambda: len(backends(served.url)) <= CONNECTIONS + LISTS)

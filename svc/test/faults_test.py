@@ -136,7 +136,7 @@ def test_what_was_accepted_before_sigterm_is_answered_and_stored(server):
     with faults.serving(faults.new_database(server)) as served:
         with faults.writers(served) as ledger:
             faults.pace(ledger)
-            with faults.at_work(served, "POST", "/applications") as asked:
+            with faults.at_work(served, [("POST", "/applications")] * faults.CONNECTIONS) as asked:
                 ledger.ending.set()
                 served.process.send_signal(signal.SIGTERM)
                 stopped = monotonic()

@@ -131,7 +131,7 @@ def test_a_schema_that_is_missing_is_503_until_it_is_there(server):
 def test_sigterm_waits_for_statements_as_long_as_they_or_it_may_take_and_answers_503(server, shutdown, statement):
     limits = {"db_lock_timeout": statement, "db_statement_timeout": statement, "db_deadline": statement + 1}
     with faults.serving(faults.new_database(server), shutdown_timeout=shutdown, **limits) as served:
-        with faults.at_work(served, "POST", "/applications") as asked:
+        with faults.at_work(served, [("POST", "/applications")] * faults.CONNECTIONS) as asked:
             served.process.send_signal(signal.SIGTERM)
             stopped = monotonic()
             answered = [each.result() for each in asked]
