@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import isinf, log10
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,6 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_extra_types.ulid import ULID
 
-MAX_DEPTH = 100
 MAX_DOCUMENT_BYTES = 8 * 1024**2  # as PostgreSQL prints it, and checks it too
 MAX_VERSION = 2**31 - 1
 MAX_POSITION = 2**63 - 1
@@ -65,19 +64,6 @@ def _number_parser() -> Callable[[str], float | int]:
     return parse
 
 
-def _check_depth(document: dict[str, Any]) -> dict[str, Any]:
-    level, depth = [document], 1
-    while level := [child for node in level for child in _children(node) if isinstance(child, dict | list)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise PydanticCustomError("too_deep", f"Document should be nested at most {MAX_DEPTH} deep")
-    return document
-
-
-def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node
-
-
 def _parse_contains(text: str) -> Any:
     if len(text.encode()) > MAX_CONTAINS:
         raise PydanticCustomError("too_long", f"Document should have at most {MAX_CONTAINS} bytes")
@@ -109,8 +95,7 @@ def _check_ulid(value: Any) -> str:
 # One AfterValidator each: pydantic 2.11 keeps only the last where a field has a Field of its own besides.
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_not_blank)]
 Comments = Annotated[str, Field(max_length=1024), AfterValidator(_no_nul)]
-Document = Annotated[dict[str, Any], AfterValidator(_check_depth)]
-Contains = Annotated[Document, BeforeValidator(_parse_contains), WithJsonSchema({"type": "string"})]
+Contains = Annotated[dict[str, Any], BeforeValidator(_parse_contains), WithJsonSchema({"type": "string"})]
 Id = Annotated[
     ULID,
     BeforeValidator(_check_ulid),
@@ -149,7 +134,7 @@ class ApplicationUpdate(_Strict, json_schema_extra={"examples": [COMMENTS]}):
 
 class ConfigurationPut(_Strict, json_schema_extra={"examples": [COMMENTS, CONFIG]}):
     comments: Comments | None = ABSENT
-    config: Document = ABSENT
+    config: dict[str, Any] = ABSENT
 
 
 class ConfigurationUpdate(ConfigurationPut):
@@ -162,7 +147,7 @@ class ConfigurationCreate(
     application_id: Id
     name: Name
     comments: Comments | None = None
-    config: Document
+    config: dict[str, Any]
 
 
 class Page(_Strict):

@@ -28,7 +28,10 @@ CREATE TABLE configurations (
     CONSTRAINT configurations_id_check CHECK (id ~ '^[0-7][0-9A-HJKMNP-TV-Z]{25}$'),
     CONSTRAINT configurations_name_check CHECK (name ~ '\S'),
     CONSTRAINT configurations_config_check CHECK (jsonb_typeof(config) = 'object'),
-    CONSTRAINT configurations_size_check CHECK (size <= 8388608)
+    CONSTRAINT configurations_size_check CHECK (size <= 8388608),
+    -- At most 100 levels of objects and arrays.
+    CONSTRAINT configurations_depth_check
+        CHECK (NOT config @? 'strict $.**{100} ? (@.type() == "object" || @.type() == "array")')
 );
 
 -- What GET shows of a configuration. Processes that run use it: a migration that shows more makes another type.
