@@ -74,8 +74,6 @@ CHANGE = """
 VERSION_JSON = _json(f"{CHANGE}, this.comments, this.config")
 # Tells the trigger that records versions who writes. It is always true.
 ACTOR = "set_config('config_service.actor', %(actor)s, true) IS NOT NULL"
-# For a write by name: when its statement looked, another may have been about to change the name.
-STILL_NAMED = "(%(own_name)s::text IS NULL OR this.name = %(own_name)s)"
 # If-Match, If-None-Match (RFC 9110, section 13.1; `conditions_hold` is the same in Python), and ACTOR.
 CONDITIONS = f"""
     (%(if_match)s::text[] = '{{}}' OR %(if_match)s && ARRAY['*', this.etag])
@@ -214,12 +212,11 @@ async def update_configuration(
     key: Key, changes: models.ConfigurationUpdate, when: Conditions, merge: bool = False
 ) -> Row | None:
     """Replace the fields that are present. With `merge`, merge the config into what is stored (RFC 7396)."""
-    id, params = _find(key)
+    found, params = _find(key, lock=changes.name is not None)
     statement = f"""
         UPDATE configurations AS this
         SET {_assign(changes, merge)}
-        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS}
-          AND {_in_its_application(id) if changes.name else "true"}
+        WHERE {found} AND {CONDITIONS}
         RETURNING {CONFIGURATION}
     """
     params |= {**dict(changes), **when._asdict()}
@@ -228,26 +225,26 @@ async def update_configuration(
 
 async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, when: Conditions) -> Row | None:
     """Replace the fields that are present, or create the configuration: `created` tells which."""
-    id, params = _find(key)
+    found, params = _find(key)
     update = f"""
         UPDATE configurations AS this
         SET {_assign(new)}
-        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS}
+        WHERE {found} AND {CONDITIONS}
     """
     source = f"""
         SELECT %(new_id)s, a.id, %(own_name)s, %(comments)s, %(config)s::jsonb
         FROM applications AS a
-        WHERE a.name = %(application_name)s AND {id} IS NULL
+        WHERE a.name = %(application_name)s AND NOT EXISTS (SELECT FROM configurations AS this WHERE {found})
     """
     params |= {"new_id": str(ULID()), **dict(new), **when._asdict()}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
 async def delete_configuration(key: Key, when: Conditions) -> Row | None:
-    id, params = _find(key)
+    found, params = _find(key, lock=True)
     statement = f"""
         DELETE FROM configurations AS this
-        WHERE this.id = {id} AND {STILL_NAMED} AND {CONDITIONS} AND {_in_its_application(id)}
+        WHERE {found} AND {CONDITIONS}
         RETURNING this.etag, '' AS json
     """
     return await _write("delete_configuration", statement, params | when._asdict(), read_configuration, key)
@@ -293,12 +290,13 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
 
     A version that records a deletion has no config, so there is nothing to restore.
     """
+    found, params = _find(id, lock=True)
     update = f"""
         UPDATE configurations AS this
         SET name = v.name, comments = v.comments, config = v.config
         FROM configuration_versions AS v
         WHERE v.configuration_id = %(id)s AND v.version = %(version)s AND v.config IS NOT NULL
-          AND this.id = %(id)s AND {CONDITIONS} AND {_in_its_application("%(id)s")}
+          AND {found} AND {CONDITIONS}
     """
     source = """
         SELECT %(id)s, v.application_id, v.name, v.comments, v.config
@@ -307,7 +305,7 @@ async def restore_version(id: str, version: int, when: Conditions) -> Row | None
           AND v.application_id IN (SELECT id FROM applications)
           AND NOT EXISTS (SELECT FROM configurations WHERE id = %(id)s)
     """
-    params = {"id": id, "version": version, **when._asdict()}
+    params |= {"version": version, **when._asdict()}
     write = partial(_write_or_create, "restore_version", update, source, params, when, id)
     # There is nothing to restore, or it was deleted while the statement waited for it: once more tells.
     return await write() or await write()
@@ -347,31 +345,22 @@ async def read_state() -> Row:
 # --- What they share ---
 
 
-def _find(key: Key) -> tuple[str, dict[str, Any]]:
-    """The SQL of a configuration's id, and its parameters."""
+def _find(key: Key, lock: bool = False) -> tuple[str, dict[str, Any]]:
+    """The condition that finds a configuration for a write, and its parameters.
+
+    With `lock`, for a deletion and for a new name, its application is locked first. The deletion of an application
+    locks it first too: so none of them waits for another in a circle.
+    """
     if isinstance(key, str):
-        return "%(id)s", {"id": key, "own_name": None}
-    id = """(
-        SELECT c.id
-        FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
-        WHERE a.name = %(application_name)s AND c.name = %(own_name)s
-    )"""
-    return id, {"application_name": key[0], "own_name": key[1]}
-
-
-def _in_its_application(id: str) -> str:
-    """Lock the application before a configuration is deleted or gets a new name.
-
-    The deletion of the application does so too: none of them then waits for another in a circle.
-    """
-    return f"""
-        this.application_id = (
-            SELECT a.id
-            FROM applications AS a JOIN configurations AS c ON c.application_id = a.id
-            WHERE c.id = {id}
-            FOR NO KEY UPDATE OF a
-        )
-    """
+        found, params = "this.id = %(id)s", {"id": key}
+        owner = "id = (SELECT application_id FROM configurations WHERE id = %(id)s)" if lock else None
+    else:
+        found, params = "this.name = %(own_name)s", {"application_name": key[0], "own_name": key[1]}
+        owner = "name = %(application_name)s"
+    if owner:
+        locked = "FOR NO KEY UPDATE" if lock else ""
+        found += f" AND this.application_id = (SELECT id FROM applications WHERE {owner} {locked})"
+    return found, params
 
 
 def _assign(changes: BaseModel, merge: bool = False) -> str:
