@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from codecs import BOM_UTF8
+from collections.abc import AsyncIterator
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -40,11 +41,9 @@ def middleware(app: ASGIApp) -> ASGIApp:
         # uvicorn reads no body behind a head that asks for an upgrade.
         closing = any(name == b"connection" and b"upgrade" in value.lower() for name, value in scope["headers"])
         # Routes match the path as it was sent: decoded, %2F within a name would not differ from / between two names.
-        scope = {**scope, "path": scope["raw_path"].decode("ascii"), "head": method == "HEAD"}
+        scope = {**scope, "path": scope["raw_path"].decode("ascii"), "head": method == "HEAD", "closing": closing}
         if method == "HEAD":
             scope["method"] = "GET"  # the server leaves out the body of the answer
-        elif method != "GET":
-            receive = _limit_body(scope, receive, closing)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -80,38 +79,8 @@ def middleware(app: ASGIApp) -> ASGIApp:
     return handle
 
 
-def _limit_body(scope: Scope, receive: Receive, closing: bool) -> Receive:
-    """Raises 413 as soon as a body is known to be over MAX_BODY_BYTES, 408 if it is not there after BODY_TIMEOUT.
-
-    What is received after the body is that the client went away, for as long as the answer takes.
-    """
-    limit = settings.load().max_body_bytes
-    until = asyncio.get_running_loop().time() + settings.load().body_timeout
-    announced = int(dict(scope["headers"]).get(b"content-length", 0))
-    received = 0
-
-    async def receive_limited() -> Message:
-        nonlocal received, until
-        if closing:
-            raise HTTPException(400, "Connections are not upgraded here: send the body without Connection: upgrade")
-        if announced <= limit:
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"}) from None
-            received += len(message.get("body", b""))
-            if not message.get("more_body"):
-                until = None
-        if max(announced, received) > limit:
-            raise HTTPException(413, f"A body has at most {limit} bytes.")
-        return message
-
-    return receive_limited
-
-
 class Request(fastapi.Request):
-    """Reads bodies by `parse_json`, and knows the conditions of the request (RFC 9110, section 13)."""
+    """Limits bodies, reads them by `parse_json`, and knows the conditions of the request (RFC 9110, section 13)."""
 
     @cached_property
     def when(self) -> Conditions:
@@ -122,9 +91,32 @@ class Request(fastapi.Request):
 
     async def json(self) -> Any:
         try:
-            return parse_json((await self.body()).removeprefix(BOM_UTF8))
+            return parse_json((await super().body()).removeprefix(BOM_UTF8))
         except ValueError as error:
             raise HTTPException(400, f"JSON decode error: {error}") from None
+
+    async def body(self) -> bytes:
+        """Raises 408 if the body is not there after BODY_TIMEOUT."""
+        try:
+            async with asyncio.timeout(settings.load().body_timeout):
+                return await super().body()
+        except TimeoutError:
+            raise HTTPException(408, "The body did not arrive in time.", {"Connection": "close"}) from None
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The parts of a body. Raises 413 as soon as it is known to be over MAX_BODY_BYTES."""
+        if self.scope["closing"]:
+            raise HTTPException(400, "Connections are not upgraded here: send the body without Connection: upgrade")
+        limit = settings.load().max_body_bytes
+        too_large = HTTPException(413, f"A body has at most {limit} bytes.")
+        if int(self.headers.get("content-length", 0)) > limit:
+            raise too_large
+        received = 0
+        async for part in super().stream():
+            received += len(part)
+            if received > limit:
+                raise too_large
+            yield part
 
 
 def _parse_etags(lines: list[str]) -> list[str]:
