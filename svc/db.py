@@ -85,8 +85,7 @@ async def fetch(
     global _pending
     loop = asyncio.get_running_loop()
     job = loop.create_future()
-    late = psycopg2.OperationalError("the database did not answer in time")
-    deadline = loop.call_later(_settings.db_deadline if within is None else within, _settle, job, late)
+    deadline = loop.call_later(_settings.db_deadline if within is None else within, _give_up, job)
     _pending += 1
     try:
         if _pending > _settings.db_queue_limit and queue != "urgent":
@@ -121,6 +120,11 @@ def _run(job: asyncio.Future, name: str, statement: str, params: Mapping[str, An
     except BaseException as error:
         outcome = error
     job.get_loop().call_soon_threadsafe(_settle, job, outcome)
+
+
+def _give_up(job: asyncio.Future) -> None:
+    late = "the database did not answer" if job in _pool._used else "there was no connection to the database"
+    _settle(job, psycopg2.OperationalError(f"{late} in time"))
 
 
 def _settle(future: asyncio.Future, outcome: Any) -> None:
