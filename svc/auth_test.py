@@ -164,6 +164,7 @@ def test_a_body_is_not_read_before_the_token_is_checked(guarded):
         assert ask(connection, request("POST", APPLICATIONS, None, b"Content-Length: 9000000")).status_code == 401
 
 
+@pytest.mark.slow
 def test_a_rename_and_a_revocation_count_within_a_second_and_end_a_long_poll(guarded):
     owner = guarded.client.post("/api/v1/applications", json={"name": "before"}).json()
     renamed, revoked = new_token(guarded.url, "write", owner["id"]), new_token(guarded.url, "read")
@@ -185,6 +186,7 @@ def test_a_rename_and_a_revocation_count_within_a_second_and_end_a_long_poll(gua
     assert httpx.get(new, headers=bearer(renamed)).status_code == 200
 
 
+@pytest.mark.slow
 def test_many_unknown_tokens_cost_one_statement_a_second(guarded):
     def count_statements() -> int:
         guarded.log.seek(0)
@@ -202,6 +204,7 @@ def test_many_unknown_tokens_cost_one_statement_a_second(guarded):
 # --- What stands in the log and in history ---
 
 
+@pytest.mark.slow
 def test_writes_and_refusals_are_one_line_each_with_the_actor_and_no_token(guarded):
     reader = new_token(guarded.url, "read")
     path = f"/api/v1/applications/mine/configurations/{secrets.token_hex(8)}%0Aforged"

@@ -111,6 +111,7 @@ def test_what_is_wrong_is_one_line_and_starts_no_postgresql(monkeypatch):
                 dev.main()
 
 
+@pytest.mark.slow
 def test_postgresql_keeps_its_data_and_ends_with_its_block_or_its_process(folder):
     with suppress(ZeroDivisionError), dev.postgres(folder / "data") as url:
         run_sql(url, "CREATE TABLE kept AS SELECT 1 AS n")

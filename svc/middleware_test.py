@@ -234,6 +234,7 @@ def test_uvicorn_ends_with_one_line_that_says_which_setting_is_wrong():
     assert (last, ended.returncode) == ("ERROR:    Application startup failed. Exiting.", 3)
 
 
+@pytest.mark.slow
 def test_a_request_that_is_cut_off_at_shutdown_is_503(url):
     with service(url, shutdown_timeout=1) as (process, base), connect(base) as connection:
         connection.sendall(request("POST", APPLICATIONS, None, b"Expect: 100-continue", b"Content-Length: 10"))
@@ -244,6 +245,7 @@ def test_a_request_that_is_cut_off_at_shutdown_is_503(url):
         assert answer.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_a_request_that_follows_one_that_is_cut_off_at_shutdown_is_503_too(url):
     sent = request("POST", APPLICATIONS, b'{"name": "n"}') + request("DELETE", f"{APPLICATIONS}/{UNKNOWN}")
     with (
@@ -404,6 +406,7 @@ def test_an_answer_that_is_not_read_breaks_off_in_one_line_of_the_log(url, impat
     assert log.read_text().count(f"{place}: TimeoutError\n") == 1
 
 
+@pytest.mark.slow
 def test_the_answer_to_a_write_may_take_longer_than_its_body_may(url, impatient):
     base, _ = impatient
     with documents(url, 1, "jsonb_build_object('a', repeat('x', 8300000))") as [_, id], socket.socket() as connection:
