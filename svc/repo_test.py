@@ -223,6 +223,19 @@ def test_a_put_leaves_alone_what_gets_another_name_while_it_waits(client, url, a
     assert client.get(f"/configurations/{configuration['id']}").json()["config"] == configuration["config"]
 
 
+def test_what_is_inserted_again_while_its_deletion_commits_goes_on_counting(url, configuration):
+    insert = """
+        INSERT INTO configurations (id, application_id, name, config) VALUES (%s, %s, 'again', '{}') RETURNING version
+    """
+    ids = configuration["id"], configuration["application_id"]
+    with ThreadPoolExecutor(1) as threads, closing(psycopg2.connect(url)) as other, other.cursor() as cursor:
+        cursor.execute("DELETE FROM configurations WHERE id = %s", ids[:1])
+        again = threads.submit(run_sql, url, insert, *ids)
+        until(lambda: run_sql(url, BLOCKED, other.info.backend_pid))
+        other.commit()
+        assert again.result() == [{"version": 3}]
+
+
 def test_what_a_put_of_an_application_shows_is_one_state_while_configurations_are_added(client, application):
     path = f"/applications/{application['id']}"
     shown: list[httpx.Response] = []

@@ -103,7 +103,7 @@ BEGIN
 END
 $$;
 
--- The application is written first, so that every writer locks it first and none deadlock. Then the version is recorded.
+-- The application is written first, so that every writer locks it first: none deadlock, and versions count one by one.
 CREATE FUNCTION keep_configuration() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
     document text := NEW.config::text;
@@ -111,6 +111,12 @@ DECLARE
     actor text := coalesce(nullif(current_setting('config_service.actor', true), ''), 'database:' || session_user);
     operation text := CASE TG_OP WHEN 'INSERT' THEN 'create' WHEN 'UPDATE' THEN 'update' ELSE 'delete' END;
 BEGIN
+    IF TG_OP = 'DELETE' THEN
+        NEW := OLD;
+    END IF;
+    IF TG_OP <> 'UPDATE' THEN
+        UPDATE applications SET version = version + 1 WHERE id = NEW.application_id;
+    END IF;
     IF TG_OP = 'INSERT' THEN
         -- One that was deleted and comes back goes on counting.
         NEW.version := 1 + coalesce(
@@ -119,7 +125,6 @@ BEGIN
         NEW.created_at := clock_timestamp();
         NEW.updated_at := NEW.created_at;
     ELSIF TG_OP = 'DELETE' THEN
-        NEW := OLD;
         NEW.config := NULL;
         NEW.version := OLD.version + 1;
         NEW.updated_at := clock_timestamp();
@@ -136,9 +141,6 @@ BEGIN
     END IF;
     NEW.size := coalesce(octet_length(document), 0);
     NEW.etag := make_etag(NEW.id, NEW.version, NEW.updated_at);
-    IF TG_OP <> 'UPDATE' THEN
-        UPDATE applications SET version = version + 1 WHERE id = NEW.application_id;
-    END IF;
     IF document IS NOT NULL OR TG_OP = 'DELETE' THEN  -- else it is refused, as config is NOT NULL
         INSERT INTO configuration_versions
             (configuration_id, application_id, name, comments, config, size, version, operation, actor, recorded_at)
