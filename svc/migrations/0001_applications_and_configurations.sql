@@ -107,27 +107,19 @@ $$;
 CREATE FUNCTION keep_configuration() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
     document text := NEW.config::text;
-    -- The service sets it in the statement that writes. SQL by hand does not.
-    actor text := coalesce(nullif(current_setting('config_service.actor', true), ''), 'database:' || session_user);
-    operation text := CASE TG_OP WHEN 'INSERT' THEN 'create' WHEN 'UPDATE' THEN 'update' ELSE 'delete' END;
 BEGIN
-    IF TG_OP = 'DELETE' THEN
-        NEW := OLD;
-    END IF;
     IF TG_OP <> 'UPDATE' THEN
-        UPDATE applications SET version = version + 1 WHERE id = NEW.application_id;
+        UPDATE applications SET version = version + 1 WHERE id = coalesce(NEW.application_id, OLD.application_id);
     END IF;
-    IF TG_OP = 'INSERT' THEN
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    ELSIF TG_OP = 'INSERT' THEN
         -- One that was deleted and comes back goes on counting.
         NEW.version := 1 + coalesce(
             (SELECT max(version) FROM configuration_versions WHERE configuration_id = NEW.id), 0
         );
         NEW.created_at := clock_timestamp();
         NEW.updated_at := NEW.created_at;
-    ELSIF TG_OP = 'DELETE' THEN
-        NEW.config := NULL;
-        NEW.version := OLD.version + 1;
-        NEW.updated_at := clock_timestamp();
     ELSIF (NEW.id, NEW.application_id) IS DISTINCT FROM (OLD.id, OLD.application_id) THEN
         RAISE 'the ids of a configuration cannot be changed' USING ERRCODE = 'restrict_violation';
     -- Also as text, because jsonb takes 1 and 1.0 for equal, and GET shows them as they are.
@@ -139,16 +131,32 @@ BEGIN
     ELSE
         RETURN OLD;
     END IF;
-    NEW.size := coalesce(octet_length(document), 0);
+    NEW.size := octet_length(document);
     NEW.etag := make_etag(NEW.id, NEW.version, NEW.updated_at);
-    IF document IS NOT NULL OR TG_OP = 'DELETE' THEN  -- else it is refused, as config is NOT NULL
-        INSERT INTO configuration_versions
-            (configuration_id, application_id, name, comments, config, size, version, operation, actor, recorded_at)
-        VALUES
-            (NEW.id, NEW.application_id, NEW.name, NEW.comments, NEW.config, NEW.size, NEW.version, operation, actor,
-             NEW.updated_at);
+    RETURN NEW;
+END
+$$;
+
+-- After the change: ON CONFLICT calls what runs before an INSERT also for a row that is not inserted.
+CREATE FUNCTION record_configuration_version() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    -- The service sets it in the statement that writes. SQL by hand does not.
+    actor text := coalesce(nullif(current_setting('config_service.actor', true), ''), 'database:' || session_user);
+    operation text := CASE TG_OP WHEN 'INSERT' THEN 'create' WHEN 'UPDATE' THEN 'update' ELSE 'delete' END;
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        NEW := OLD;
+        NEW.config := NULL;
+        NEW.size := 0;
+        NEW.version := OLD.version + 1;
+        NEW.updated_at := clock_timestamp();
     END IF;
-    RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+    INSERT INTO configuration_versions
+        (configuration_id, application_id, name, comments, config, size, version, operation, actor, recorded_at)
+    VALUES
+        (NEW.id, NEW.application_id, NEW.name, NEW.comments, NEW.config, NEW.size, NEW.version, operation, actor,
+         NEW.updated_at);
+    RETURN NULL;
 END
 $$;
 
@@ -166,6 +174,10 @@ CREATE TRIGGER applications_keep BEFORE INSERT OR UPDATE ON applications
     FOR EACH ROW EXECUTE FUNCTION keep_application();
 CREATE TRIGGER configurations_keep BEFORE INSERT OR UPDATE OR DELETE ON configurations
     FOR EACH ROW EXECUTE FUNCTION keep_configuration();
+CREATE TRIGGER configurations_record AFTER INSERT OR DELETE ON configurations
+    FOR EACH ROW EXECUTE FUNCTION record_configuration_version();
+CREATE TRIGGER configurations_record_update AFTER UPDATE ON configurations
+    FOR EACH ROW WHEN (NEW.version <> OLD.version) EXECUTE FUNCTION record_configuration_version();
 CREATE TRIGGER configuration_versions_keep BEFORE UPDATE OR DELETE OR TRUNCATE ON configuration_versions
     FOR EACH STATEMENT EXECUTE FUNCTION keep_configuration_versions();
 

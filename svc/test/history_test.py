@@ -45,6 +45,20 @@ def test_pruning_removes_what_is_old_but_the_newest_and_what_was_deleted_as_a_wh
         assert [version for (version,) in cursor] == left
 
 
+@pytest.mark.parametrize(
+    ("action", "versions"),
+    [("NOTHING", [(1, "create")]), ("UPDATE SET comments = 'x'", [(1, "create"), (2, "update")])],
+)
+def test_what_an_insert_leaves_out_on_conflict_is_no_version(url, action, versions):
+    again = CONFIGURATION.replace(f"('{ID}'", f"('{ID[:-1]}W'")
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:  # which takes all of it back
+        cursor.execute(f"{APPLICATION}; {CONFIGURATION}; {again} ON CONFLICT (application_id, name) DO {action}")
+        cursor.execute(
+            "SELECT version, operation FROM configuration_versions WHERE application_id = %s ORDER BY 1", [ID]
+        )
+        assert cursor.fetchall() == versions
+
+
 def test_what_is_written_in_one_schema_stays_there_whatever_the_search_path(new_database):
     with new_database(migrated=False) as url:
         for schema in ("one", "two"):
