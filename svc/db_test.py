@@ -111,6 +111,37 @@ def test_lists_hold_a_third_of_the_connections_and_others_the_rest(url, limit, t
     run(url, work, db_max_connections=limit)
 
 
+def test_a_list_that_would_begin_so_late_that_it_is_cut_off_never_begins(url, caplog):
+    async def work() -> None:
+        slow = asyncio.create_task(db.fetch("slow", "SELECT pg_sleep(0.3)", {}, queue="lists"))
+        await wait_until(lambda: db.use()["busy"] == 1)
+        with pytest.raises(TimeoutError):
+            await db.fetch("late", "INSERT INTO counters VALUES ('late') RETURNING n", {}, queue="lists")
+        assert len(await slow) == 1
+        assert await value("SELECT count(*) FROM counters") == 0
+
+    run(url, work, db_max_connections=2, db_deadline=0.6, db_statement_timeout=0.6, db_lock_timeout=0.6)
+    assert "database unavailable" not in caplog.text
+
+
+def test_lists_that_wait_leave_the_queue_to_others(url):
+    async def work() -> None:
+        lists = [asyncio.create_task(db.fetch("list", "SELECT pg_sleep(0.05)", {}, queue="lists")) for _ in range(4)]
+        await wait_until(lambda: db.use()["queued"] == 3)
+        assert await value("SELECT 'served'") == "served"
+        await asyncio.gather(*lists)
+
+    run(url, work, db_max_connections=2, db_queue_limit=1)
+
+
+@pytest.mark.parametrize(("most", "first"), [(2, 2), (12, 9)])
+def test_so_many_connections_are_open_at_the_start(url, most, first):
+    async def work() -> int:
+        return db.use()["idle"]
+
+    assert run(url, work, db_max_connections=most, db_min_connections=first) == first
+
+
 # --- Errors ---
 
 

@@ -103,7 +103,10 @@ async def stream_list(request: Request, pages: AsyncIterator[Row]) -> Response:
     Its first page is read before the status is sent. HEAD reads no other.
     """
     array = _array(pages, request.scope["head"])
-    first = await anext(array)
+    try:
+        first = await anext(array)
+    except TimeoutError:
+        raise HTTPException(503, "Too many lists are being read: try again.", RETRY_AFTER) from None
     headers = {}
     if first["next"]:
         here = URL(f"{request.scope['path']}?{request.scope['query_string'].decode()}")
@@ -113,11 +116,8 @@ async def stream_list(request: Request, pages: AsyncIterator[Row]) -> Response:
 
 async def _array(pages: AsyncIterator[Row], head: bool) -> AsyncIterator[Any]:
     """Its first page as a row, then the text of the whole array in chunks."""
-    try:
-        async with asyncio.timeout(settings.load().db_deadline):
-            await _lists.acquire()
-    except TimeoutError:
-        raise HTTPException(503, "Too many lists are being read: try again.", RETRY_AFTER) from None
+    async with asyncio.timeout(settings.load().db_deadline):
+        await _lists.acquire()
     try:
         page = await anext(pages)
         yield page
