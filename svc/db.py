@@ -43,7 +43,7 @@ _last_outage: float | None = None  # when the database was last found away; None
 async def opened(settings: Settings) -> AsyncIterator[None]:
     """Hold the pool and its threads open. A thread for each connection: statements queue, and the pool never runs dry.
 
-    A third of both is for lists and searches, which so never take the place of others. What is urgent has one more.
+    A third of both is for lists and searches, so that they never take the place of others. What is urgent has one more.
     A database that is away does not stop the start: one line in the log says so, and each statement tries to connect.
     """
     global _settings, _pool, _executors
@@ -83,6 +83,7 @@ async def fetch(
 ) -> list[Row]:
     """The rows of one statement, which is a transaction of its own. `name` is what the log calls it.
 
+    Its queue is "others", "lists", or "urgent", which has a thread that nothing else waits for.
     Raises psycopg2.OperationalError at once if too many wait, and after `within` seconds (DB_DEADLINE unless told
     otherwise) if it has no answer. The statement is then given up: it did not begin, or its connection is cut off.
     Raises TimeoutError if a list cannot begin within a third of DB_DEADLINE. If it began later it might be cut off, and
