@@ -184,7 +184,7 @@ def _lend(job: asyncio.Future) -> connection:
             lent = _pool._getconn(job) if _pool._pool else None
         if lent is None:
             made = _pool._connect(job)
-            made.autocommit = True
+            made.autocommit = True  # once: psycopg2 lets other threads run each time, which costs a wait
             return made
         poll = select.poll()  # select.select() cannot take descriptors above 1023
         poll.register(lent, select.POLLIN)
