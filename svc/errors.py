@@ -115,7 +115,7 @@ def _find_refused(error: psycopg2.Error) -> RequestValidationError:
     """What the database refuses in a body."""
     if error.diag.constraint_name == "configurations_application_id_fkey":
         return invalid("There is no application with this id", "unknown_application", "body", "application_id")
-    if error.diag.constraint_name == "configurations_depth_check":
+    if error.diag.constraint_name == "document_depth_check":
         return invalid("Document should be nested at most 100 deep", "too_deep", "body", "config")
     if error.diag.constraint_name == "configurations_size_check":
         msg = f"Document should have at most {MAX_DOCUMENT_BYTES} bytes as PostgreSQL prints it"

@@ -3,7 +3,7 @@ CREATE TABLE tokens (
     name           text CONSTRAINT tokens_pkey PRIMARY KEY,
     hash           text NOT NULL,  -- SHA-256 of the token, in hexadecimal
     role           text NOT NULL,
-    application_id text COLLATE "C",  -- NULL: of all applications
+    application_id ulid,  -- NULL: of all applications
     created_at     timestamptz NOT NULL DEFAULT now(),
     expires_at     timestamptz,
     CONSTRAINT tokens_hash_key UNIQUE (hash),
