@@ -325,8 +325,10 @@ for described in (each for methods in openapi["paths"].values() for each in meth
     headers = IF_NONE_MATCH * ("304" in described["responses"]) + CONDITIONS * ("412" in described["responses"])
     described.setdefault("parameters", []).extend(headers)
 
-# Routes are tried in this order: first those that are asked most.
-app.router.routes.sort(key=lambda route: (not getattr(route, "hot", False), "/applications/" in route.path))
+# Routes are tried in their order, which takes 2 µs each: first those that are asked most.
+app.router.routes.sort(
+    key=lambda route: (not getattr(route, "hot", False), route.path[-1] != "}", "/applications/" in route.path)
+)
 
 
 def main() -> None:

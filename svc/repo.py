@@ -100,7 +100,7 @@ async def create_application(new: models.ApplicationCreate) -> Row:
         VALUES (%(id)s, %(name)s, %(comments)s)
         RETURNING {APPLICATION}
     """
-    [row] = await db.fetch("create_application", statement, {"id": str(ULID()), **dict(new)})
+    [row] = await db.fetch("create_application", statement, {"id": str(ULID()), **vars(new)})
     return row
 
 
@@ -128,7 +128,7 @@ async def update_application(id: str, changes: models.ApplicationUpdate, when: C
         WHERE this.id = %(id)s AND {CONDITIONS}
         RETURNING {_row(_application_json(IDS_NOW))}
     """
-    params = {"id": id, **dict(changes), **when._asdict()}
+    params = {"id": id, **vars(changes), **when._asdict()}
     return await _write("update_application", statement, params, read_application, id)
 
 
@@ -158,7 +158,7 @@ async def create_configuration(new: models.ConfigurationCreate) -> Row:
         WHERE {ACTOR}
         RETURNING {CONFIGURATION}
     """
-    params = {"id": str(ULID()), "actor": actor.get(), **dict(new)}
+    params = {"id": str(ULID()), "actor": actor.get(), **vars(new)}
     [row] = await db.fetch("create_configuration", statement, params)
     return row
 
@@ -205,7 +205,7 @@ def list_configurations(wanted: models.NamedFilter, application_id: str | None =
           AND (%(name)s IS NULL OR this.name = %(name)s)
           AND (%(contains)s IS NULL OR this.config @> %(contains)s)
     """
-    return _pages("list_configurations", rows, CONFIGURATION_JSON, {"application_id": application_id, **dict(wanted)})
+    return _pages("list_configurations", rows, CONFIGURATION_JSON, {"application_id": application_id, **vars(wanted)})
 
 
 async def update_configuration(
@@ -219,7 +219,7 @@ async def update_configuration(
         WHERE {found} AND {CONDITIONS}
         RETURNING {CONFIGURATION}
     """
-    params |= {**dict(changes), **when._asdict()}
+    params |= {**vars(changes), **when._asdict()}
     return await _write("update_configuration", statement, params, read_configuration, key)
 
 
@@ -236,7 +236,7 @@ async def put_configuration(key: tuple[str, str], new: models.ConfigurationPut, 
         FROM applications AS a
         WHERE a.name = %(application_name)s AND NOT EXISTS (SELECT FROM configurations AS this WHERE {found})
     """
-    params |= {"new_id": str(ULID()), **dict(new), **when._asdict()}
+    params |= {"new_id": str(ULID()), **vars(new), **when._asdict()}
     return await _write_or_create("put_configuration", update, source, params, when, key)
 
 
@@ -272,7 +272,7 @@ def list_versions(id: str, wanted: models.VersionFilter) -> AsyncIterator[Row]:
         FROM configuration_versions AS this
         WHERE this.configuration_id = %(id)s
     """
-    return _pages("list_versions", rows, VERSION_JSON, {"id": id, **dict(wanted)})
+    return _pages("list_versions", rows, VERSION_JSON, {"id": id, **vars(wanted)})
 
 
 async def read_version(id: str, version: int) -> Row | None:
