@@ -122,8 +122,8 @@ def _find_refused(error: psycopg2.Error) -> RequestValidationError:
         return invalid(msg, "too_large", "body", "config")
     if isinstance(error, psycopg2.errors.NotNullViolation):
         return invalid("Field required", "missing", "body", error.diag.column_name)
-    if isinstance(error, psycopg2.errors.UntranslatableCharacter):
-        return invalid("Document should not contain U+0000", "nul", "body")
+    if isinstance(error, psycopg2.errors.UntranslatableCharacter | psycopg2.errors.InvalidTextRepresentation):
+        return invalid("Document should not contain U+0000 or an unpaired surrogate", "characters", "body")
     return invalid("The database refuses this value", "refused", "body")
 
 

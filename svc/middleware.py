@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-from codecs import BOM_UTF8
 from collections.abc import AsyncIterator
 from functools import cached_property
 from time import perf_counter
@@ -91,8 +90,8 @@ class Request(fastapi.Request):
 
     async def json(self) -> Any:
         try:
-            return parse_json((await super().body()).removeprefix(BOM_UTF8))
-        except ValueError as error:
+            return parse_json((await super().body()).decode().removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
             raise HTTPException(400, f"JSON decode error: {error}") from None
 
     async def body(self) -> bytes:

@@ -3,12 +3,11 @@
 import json
 import re
 from collections import Counter, namedtuple
-from collections.abc import Callable
 from math import isinf, log10
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 from pydantic_extra_types.ulid import ULID
 
 MAX_DOCUMENT_BYTES = 8 * 1024**2  # as PostgreSQL prints it, and checks it too
@@ -24,14 +23,16 @@ READ_ONLY = {"id", "application_id", "configuration_ids", "version", "created_at
 # --- JSON ---
 
 
-def parse_json(text: bytes | str) -> Any:
-    """The value of a JSON text in UTF-8.
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
 
-    Raises ValueError also for JSON that would not come back as it was sent: unpaired surrogates, a key twice in one
-    object, NaN and infinities, numbers beyond a double, integers of more than 4,300 characters, depth over 200.
+    Raises ValueError also for JSON that would not come back as it was sent: a key twice in one object, NaN and
+    infinities, numbers beyond a double, integers of more than 4,300 digits. PostgreSQL refuses unpaired surrogates,
+    U+0000 and depth over 100.
     """
-    from_json(text, allow_inf_nan=False)  # refuses what the two hooks do not
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_float=_number_parser())
+    global _digits
+    _digits = 0.0
+    return _decoder.decode(text)
 
 
 def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,27 +42,30 @@ def _unique_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _number_parser() -> Callable[[str], float | int]:
+def _number(literal: str) -> float | int:
     """jsonb prints 1e23 as 1 and 23 zeros, which as an integer is another number: store the exact value of the double.
 
     Every double from 1e16 on is whole. Raises ValueError for 1e400, and if together they have more digits than a
     document may: 1 MB of 1e308 has 53 MB, and no other request is served while they are written out.
     """
-    digits = 0.0
+    global _digits
+    number = float(literal)
+    if abs(number) < 1e16:
+        return number
+    if isinf(number):
+        raise ValueError("A number is beyond the range of a double")
+    _digits += log10(abs(number))
+    if _digits > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"The large numbers have more than {MAX_DOCUMENT_BYTES} digits together")
+    return int(number)
 
-    def parse(literal: str) -> float | int:
-        nonlocal digits
-        number = float(literal)
-        if abs(number) < 1e16:
-            return number
-        if isinf(number):
-            raise ValueError("A number is beyond the range of a double")
-        digits += log10(abs(number))
-        if digits > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"The large numbers have more than {MAX_DOCUMENT_BYTES} digits together")
-        return int(number)
 
-    return parse
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+_digits = 0.0  # how many the large numbers have in the text that is being parsed
+_decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_number, parse_constant=_refuse)
 
 
 def _parse_contains(text: str) -> Any:

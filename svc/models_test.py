@@ -35,15 +35,13 @@ def nested(depth: int, kind: str) -> bytes:
 
 # A config begins in line 2 of the body.
 BROKEN = {
-    "no colon in the third line": (b'{"a": 1,\n "b" 2', "expected `:` at line 3 column 6"),
-    "no UTF-8": (b'{"a":"\xff"}', "invalid unicode code point at line 2 column 8"),
-    "a surrogate in UTF-8": (b'{"a":"\xed\xa0\x80"}', "invalid unicode code point at line 2 column 8"),
-    "a surrogate in a value": (rb'{"a":"\ud800"}', "unexpected end of hex escape at line 2 column 13"),
-    "a surrogate in a key": (rb'{"\ud800":1}', "unexpected end of hex escape at line 2 column 9"),
-    "NaN": (b'{"a":NaN}', "expected value at line 2 column 6"),
-    "Infinity": (b'{"a":-Infinity}', "invalid number at line 2 column 7"),
-    "4,301 digits": (b"9" * 4301, "number out of range at line 2 column 4302"),
-    "100,000 open brackets": (b"[" * 100_000, "recursion limit exceeded at line 2 column 201"),
+    "no colon in the third line": (b'{"a": 1,\n "b" 2', "Expecting ':' delimiter: line 3 column 6"),
+    "no UTF-8": (b'{"a":"\xff"}', "'utf-8' codec can't decode byte 0xff in position 93: invalid start byte"),
+    "a surrogate in UTF-8": (b'{"a":"\xed\xa0\x80"}', "'utf-8' codec can't decode byte 0xed in position 93"),
+    "NaN": (b'{"a":NaN}', "NaN is no number"),
+    "Infinity": (b'{"a":-Infinity}', "-Infinity is no number"),
+    "4,301 digits": (b"9" * 4301, "Exceeds the limit (4300 digits) for integer string conversion"),
+    "100,000 open brackets": (b"[" * 100_000, "maximum recursion depth exceeded"),
     "a number beyond a double": (b'{"a":[-1e400]}', "A number is beyond the range of a double"),
     "30,000 numbers of 309 digits": (
         b'{"a":[%s]}' % b",".join([b"1e308"] * 30_000),
@@ -57,11 +55,13 @@ BROKEN = {
 REFUSED = {
     "a list": (b"[]", "dict_type"),
     "null": (b"null", "dict_type"),
-    "U+0000 in a value": (rb'{"a":[{"b":"x\u0000"}]}', "nul"),
-    "U+0000 in a key": (rb'{"a":[{"\u0000":1}]}', "nul"),
+    "U+0000 in a value": (rb'{"a":[{"b":"x\u0000"}]}', "characters"),
+    "U+0000 in a key": (rb'{"a":[{"\u0000":1}]}', "characters"),
+    "a surrogate in a value": (rb'{"a":"\ud800"}', "characters"),
+    "a surrogate in a key": (rb'{"\ud800":1}', "characters"),
     "objects 101 deep": (nested(101, "objects"), "too_deep"),
     "lists 101 deep": (nested(101, "lists"), "too_deep"),
-    "objects 198 deep": (nested(198, "objects"), "too_deep"),
+    "objects 9,900 deep": (nested(9900, "objects"), "too_deep"),
     "over 8 MiB as PostgreSQL prints it": (b'{"a":[' + b",".join([b"5e-324"] * 26_000) + b"]}", "too_large"),
 }
 
@@ -69,7 +69,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("config", "type_", "msg"),
     [(config, "json_invalid", f"JSON decode error: {msg}") for config, msg in BROKEN.values()]
-    + [(config, type_, None) for config, type_ in REFUSED.values()],
+    + [(config, type_, "") for config, type_ in REFUSED.values()],
     ids=[*BROKEN, *REFUSED],
 )
 def test_a_document_that_would_not_come_back_as_it_was_sent_is_refused_and_nothing_is_stored(
@@ -79,7 +79,7 @@ def test_a_document_that_would_not_come_back_as_it_was_sent_is_refused_and_nothi
     path = f"/configurations/{configuration['id']}"
     created = error_in(post(client, application, config))
     assert created["type"] == type_
-    assert msg in (None, created["msg"])
+    assert created["msg"].startswith(msg)
     for method, headers in (("PUT", {}), ("PATCH", {"Content-Type": "application/merge-patch+json"})):
         response = client.request(method, path, content=b'{"config":\n' + config + b"}", headers=headers)
         assert error_in(response)["type"] == type_

@@ -367,7 +367,7 @@ def _assign(changes: BaseModel, merge: bool = False) -> str:
     """The SQL that sets the fields that are present."""
     values = {field: f"%({field})s" for field in changes.model_fields_set}
     if merge and "config" in values:
-        values["config"] = "merge_patch(this.config, %(config)s)"
+        values["config"] = "merge_patch(this.config, %(config)s::document)"
     return ", ".join(f"{field} = {value}" for field, value in values.items()) or "id = this.id"
 
 
