@@ -352,7 +352,7 @@ async def bare() -> Response:
 
 @baseline.get("/textbook/applications/{id}", response_model=TextbookApplication)
 def read_textbook_application(id: str) -> dict[str, Any]:
-    ids = "SELECT c.id FROM configurations AS c WHERE c.application_id = a.id ORDER BY c.id"
+    ids = "SELECT c.id::text FROM configurations AS c WHERE c.application_id = a.id ORDER BY c.id"
     statement = f"SELECT {COLUMNS}, ARRAY({ids}) AS configuration_ids FROM applications AS a WHERE id = %(id)s"
     return fetch_textbook_row(statement, {"id": id})
 
