@@ -84,9 +84,8 @@ class Request(fastapi.Request):
     @cached_property
     def when(self) -> Conditions:
         """If-None-Match is compared weakly (section 8.8.3.2)."""
-        sent = (self.headers.getlist(name) for name in ("if-match", "if-none-match"))
-        if_match, if_none_match = (lines and _parse_etags(lines) for lines in sent)
-        return Conditions(if_match, [etag.removeprefix("W/") for etag in if_none_match])
+        if_none_match = [etag.removeprefix("W/") for etag in _find_etags(self.scope, b"if-none-match")]
+        return Conditions(_find_etags(self.scope, b"if-match"), if_none_match)
 
     async def json(self) -> Any:
         try:
@@ -118,10 +117,11 @@ class Request(fastapi.Request):
             yield part
 
 
-def _parse_etags(lines: list[str]) -> list[str]:
+def _find_etags(scope: Scope, name: bytes) -> list[str]:
     """The entity tags of a header, or * if it has none but that. What is malformed matches no ETag."""
-    value = ", ".join(lines).strip()
-    return re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value[:1]]
+    lines = [line for sent, line in scope["headers"] if sent == name]
+    value = b", ".join(lines).decode("latin-1").strip()
+    return lines and (re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value[:1]])
 
 
 class Route(APIRoute):
