@@ -27,8 +27,8 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises ValueError also for JSON that would not come back as it was sent: a key twice in one object, NaN and
-    infinities, numbers beyond a double, integers of more than 4,300 digits. PostgreSQL refuses unpaired surrogates,
-    U+0000 and depth over 100.
+    infinities, numbers beyond a double, integers of more than 4,300 digits. Raises RecursionError if it is thousands of
+    levels deep. PostgreSQL refuses unpaired surrogates, U+0000 and depth over 100.
     """
     global _digits
     _digits = 0.0
