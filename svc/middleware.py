@@ -120,8 +120,8 @@ class Request(fastapi.Request):
 def _find_etags(scope: Scope, name: bytes) -> list[str]:
     """The entity tags of a header, or * if it has none but that. What is malformed matches no ETag."""
     lines = [line for sent, line in scope["headers"] if sent == name]
-    value = b", ".join(lines).decode("latin-1").strip()
-    return lines and (re.findall(r'(?:W/)?"[^"]*"|[^\s,*]+', value) or [value[:1]])
+    value = b", ".join(lines).decode("latin-1").strip(" \t")
+    return lines and (re.findall(r'(?:W/)?"[^"]*"|[^ \t,*]+', value) or [value[:1]])
 
 
 class Route(APIRoute):
