@@ -109,6 +109,7 @@ ROWS = f"""
     VALUES ('{ID}', '{ID}', 'n', '{{}}', {SAID});
 """
 OTHER = "01ARZ3NDEKTSV4RRFFQ69G5FB0"
+VERSION = "configuration_id, application_id, name, size, version, operation, actor, recorded_at"
 RULES = [
     (f"INSERT INTO applications (id, name) VALUES ('8{ID[1:]}', 'x')", "ulid_check"),
     (f"INSERT INTO applications (id, name) VALUES ('{ID}\n', 'x')", "ulid_check"),
@@ -123,6 +124,10 @@ RULES = [
     ("UPDATE configurations SET config = '[]'", "document_check"),
     ("UPDATE configurations SET config = NULL", '"config" of relation "configurations" violates not-null'),
     ("SET config_service.actor = ' '; UPDATE configurations SET config = '{\"a\": 1}'", "not_blank_check"),
+    (
+        f"INSERT INTO configuration_versions ({VERSION}) SELECT '{ID}', '{ID}', 'n', 0, 9, 'update', 'me', now()",
+        "config_check",
+    ),
     ("UPDATE configuration_versions SET name = 'x' WHERE false", "append-only"),
     ("DELETE FROM configuration_versions", "append-only"),
     ("TRUNCATE configuration_versions", "append-only"),
