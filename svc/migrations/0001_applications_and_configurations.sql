@@ -107,7 +107,7 @@ $$;
 -- The application is written first, so that every writer locks it first: none deadlock, and versions count one by one.
 CREATE FUNCTION keep_configuration() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
-    document text := NEW.config::text;
+    printed text := NEW.config::text;
 BEGIN
     IF TG_OP <> 'UPDATE' THEN
         UPDATE applications SET version = version + 1 WHERE id = coalesce(NEW.application_id, OLD.application_id);
@@ -125,14 +125,14 @@ BEGIN
         RAISE 'the ids of a configuration cannot be changed' USING ERRCODE = 'restrict_violation';
     -- Also as text, because jsonb takes 1 and 1.0 for equal, and GET shows them as they are.
     ELSIF (NEW.name, NEW.comments, NEW.config) IS DISTINCT FROM (OLD.name, OLD.comments, OLD.config)
-        OR document <> OLD.config::text THEN
+        OR printed <> OLD.config::text THEN
         NEW.version := OLD.version + 1;
         NEW.created_at := OLD.created_at;
         NEW.updated_at := clock_timestamp();
     ELSE
         RETURN OLD;
     END IF;
-    NEW.size := octet_length(document);
+    NEW.size := octet_length(printed);
     NEW.etag := make_etag(NEW.id, NEW.version, NEW.updated_at);
     RETURN NEW;
 END
