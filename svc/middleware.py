@@ -118,7 +118,10 @@ class Request(fastapi.Request):
 
 
 def _find_etags(scope: Scope, name: bytes) -> list[str]:
-    """The entity tags of a header, or * if it has none but that. What is malformed matches no ETag."""
+    """The entity tags of a header, or * if it has none but that. Empty without the header.
+
+    What is malformed matches no ETag. It looks at the raw headers, as every read does so: `Headers` would cost 5 µs.
+    """
     lines = [line for sent, line in scope["headers"] if sent == name]
     value = b", ".join(lines).decode("latin-1").strip(" \t")
     return lines and (re.findall(r'(?:W/)?"[^"]*"|[^ \t,*]+', value) or [value[:1]])

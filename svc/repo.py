@@ -367,6 +367,7 @@ def _assign(changes: BaseModel, merge: bool = False) -> str:
     """The SQL that sets the fields that are present."""
     values = {field: f"%({field})s" for field in changes.model_fields_set}
     if merge and "config" in values:
+        # A document is at most 100 deep. merge_patch() recurses, and would overflow the server's stack.
         values["config"] = "merge_patch(this.config, %(config)s::document)"
     return ", ".join(f"{field} = {value}" for field, value in values.items()) or "id = this.id"
 
