@@ -3,7 +3,7 @@
 In every statement `this` is the row that is read or written.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -82,9 +82,9 @@ CONDITIONS = f"""
 """
 
 
-def etag_matches(row: Row | None, etags: Iterable[str]) -> bool:
+def etag_matches(row: Row | None, etags: Collection[str]) -> bool:
     """Whether the row has an ETag, and it is among these, or these are *."""
-    return row is not None and row["etag"] is not None and not {"*", row["etag"]}.isdisjoint(etags)
+    return row is not None and row["etag"] is not None and (row["etag"] in etags or "*" in etags)
 
 
 def conditions_hold(row: Row, when: Conditions) -> bool:
